@@ -54,10 +54,15 @@ def _episode(row: dict[str, Any]) -> Episode:
     experiences = [
         Experience(
             **{key: x[key] for key in ("wrong", "right", "malformed", "kept")},
-            reflection=Trajectory(**x["reflection"]),
+            reflection=_trajectory(x["reflection"]),
             meta=None if x["meta"] is None else MetaExperience(**x["meta"]),
-            replay=None if x["replay"] is None else Trajectory(**x["replay"]),
+            replay=None if x["replay"] is None else _trajectory(x["replay"]),
         )
         for x in row["experiences"]
     ]
-    return Episode(row["step"], prompt, [Trajectory(**t) for t in row["trajectories"]], experiences)
+    return Episode(row["step"], prompt, [_trajectory(t) for t in row["trajectories"]], experiences)
+
+
+def _trajectory(row: dict[str, Any]) -> Trajectory:
+    versions = [(version, tokens) for version, tokens in row.pop("versions")]  # JSON knows no tuples
+    return Trajectory(**row, versions=versions)

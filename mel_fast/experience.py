@@ -141,8 +141,9 @@ class Collector:
                 completion.output_ids,
                 completion.logprobs,
                 completion.finish_reason,
-                completion.weight_version,
+                completion.versions,
                 self.renderer.decode(completion.output_ids),
+                cached_tokens=completion.cached_tokens,
             )
             for request, completion in zip(requests, completions, strict=True)
         ]

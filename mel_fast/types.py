@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length"]
+VersionSpan = tuple[int, int]  # (version of the weights, how many consecutive tokens they sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Completion:
     output_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
-    weight_version: int
+    versions: list[VersionSpan]
+    cached_tokens: int | None = None  # prompt tokens that a prefix cache had already; None: the engine has none
 
 
 @dataclass(slots=True)
@@ -55,11 +57,12 @@ class Trajectory:
     output_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
-    weight_version: int
+    versions: list[VersionSpan]
     text: str
     reward: float = 0.0
     correct: bool = False
     reason: str = ""  # why the reward is what it is, when that is not plain: "no answer", "timeout", ...
+    cached_tokens: int | None = None  # see `Completion`
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def trajectory(
     """A response of the ids first, first + 1, ... to the ids of `context`; right when its reward is 1."""
     ids = list(range(first, first + length))
     logprobs = [-0.125 * (i + 1) for i in range(length)]
-    return Trajectory(list(context), ids, logprobs, finish, 0, text, reward, reward == 1.0)
+    return Trajectory(list(context), ids, logprobs, finish, [(0, length)], text, reward, reward == 1.0)
 
 
 def experience(kept: bool = True, memo: int = 3, replay: Trajectory | None = None) -> Experience:
@@ -93,7 +93,7 @@ class ScriptedEngine:
         text = self.answer(prompt, request, before)
         cut = text.endswith("...")
         ids = self.renderer.encode(text) if cut else self.renderer.answer(text)
-        return Completion(ids, [-0.5] * len(ids), "length" if cut else "stop", 0)
+        return Completion(ids, [-0.5] * len(ids), "length" if cut else "stop", [(0, len(ids))])
 
 
 class WordVerifier:

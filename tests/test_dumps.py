@@ -21,12 +21,13 @@ trajectories = st.builds(
     st.lists(numbers),
     st.lists(numbers),
     st.lists(floats),
-    st.sampled_from(["stop", "length", "abort"]),
-    numbers,
+    st.sampled_from(["stop", "length"]),
+    st.lists(st.tuples(numbers, numbers)),
     st.text(),
     floats,
     st.booleans(),
     st.text(),
+    st.none() | numbers,
 )
 messages = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()}), max_size=2).map(tuple)
 experiences = st.builds(

@@ -117,8 +117,8 @@ def test_published_weights_are_used_and_their_version_is_recorded(
     other = make_model(len(tokenizer), seed=5)
     engine.load(other.named_parameters(), version=12)
     after = generate(engine, asked)[0]
-    assert [c.weight_version for c in before] == [0, 0, 0]
-    assert [c.weight_version for c in after] == [12, 12, 12]
+    assert [c.versions for c in before] == [[(0, len(c.output_ids))] for c in before]
+    assert [c.versions for c in after] == [[(12, len(c.output_ids))] for c in after]
     expected = generate(LocalEngine(other, [STOP], 64), asked)[0]
     assert [c.output_ids for c in after] == [c.output_ids for c in expected]
 

@@ -127,7 +127,7 @@ class LocalEngine:
                 rows = rows.select(keep)
         stops = set(self._stop_ids.tolist())
         return [
-            Completion(ids, logps, "stop" if ids and ids[-1] in stops else "length", self.version)
+            Completion(ids, logps, "stop" if ids and ids[-1] in stops else "length", [(self.version, len(ids))])
             for ids, logps in outputs
         ]
 
