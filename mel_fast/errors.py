@@ -1,5 +1,9 @@
-"""The one kind of error that is the user's to mend: printed as a single line, without a traceback."""
+"""Errors that say all there is to say: printed as a single line, without a traceback."""
 
 
 class InputError(ValueError):
     """Something given from outside cannot be used. The message names the file, line, key or rank, and what to do."""
+
+
+class EngineError(RuntimeError):
+    """The rollout engine cannot go on. The message names the server and where to read more."""

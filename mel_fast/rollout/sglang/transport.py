@@ -1,0 +1,238 @@
+"""How the policy's weights travel to the servers: as files, over HTTP, or through a process group.
+
+Every way sends the same buckets of (name, tensor), full tensors under transformers' parameter names. `Copy` is also
+what a lost server is restored from.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+from mel_fast.errors import EngineError
+from mel_fast.rollout.sglang.client import Client
+
+Bucket = list[tuple[str, Tensor]]
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "mel_fast-"
+
+
+def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, size: int) -> Iterator[tuple[Bucket, bool]]:
+    """Tensors of `dtype` in lists of about `size` bytes, each with whether it is the last."""
+    held: Bucket = []
+    full: Bucket | None = None
+    filled = 0
+    for name, tensor in weights:
+        if held and filled + tensor.numel() * dtype.itemsize > size:
+            if full is not None:
+                yield full, False
+            full, held, filled = held, [], 0
+        held.append((name, tensor.detach().to(dtype).contiguous()))
+        filled += tensor.numel() * dtype.itemsize
+    if full is not None:
+        yield full, False
+    yield held, True
+
+
+class Copy:
+    """The newest weights as safetensors, one file for each bucket, in a folder for each version.
+
+    Args:
+        root: where; it is made, and removed by `close`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path: Path | None = None  # of the newest whole copy
+        self._writing: Path | None = None
+
+    def add(self, bucket: Bucket, version: int) -> None:
+        """Raises EngineError when there is no room."""
+        if self._writing is None:
+            self._writing = self.root / str(version)
+            shutil.rmtree(self._writing, ignore_errors=True)
+            self._writing.mkdir(parents=True)
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+        if shutil.disk_usage(self.root).free < size:
+            raise EngineError(
+                f"no room for the weights in {self.root}: name a larger folder in rollout.sglang.weights_folder"
+            )
+        number = len(list(self._writing.iterdir()))
+        tensors = {name: tensor.cpu() for name, tensor in bucket}
+        save_file(tensors, self._writing / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+
+    def finish(self) -> Path:
+        """The copy is whole. The one before stays until `drop_older`: servers may still be reading it."""
+        assert self._writing is not None
+        self.path, self._writing = self._writing, None
+        return self.path
+
+    def drop_older(self) -> None:
+        for folder in self.root.iterdir():
+            if folder != self.path:
+                shutil.rmtree(folder)
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        assert self.path is not None
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # not a dictionary
+                    yield name, tensors.get_tensor(name)
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def choose_root(named: str | None, run_folder: Path, model_bytes: int) -> Path:
+    """A fresh folder: in the one named, else in shared memory when two copies fit there, else beside the run's files.
+
+    Folders that killed runs have left in shared memory are removed first.
+    """
+    if named is not None:
+        Path(named).mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=PREFIX, dir=named))
+    if SHARED_MEMORY.is_dir():
+        for left in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
+            owner = left.name.removeprefix(PREFIX).partition("-")[0]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                shutil.rmtree(left, ignore_errors=True)  # ignored: it may be another user's
+        if shutil.disk_usage(SHARED_MEMORY).free > 2.2 * model_bytes:
+            return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY))
+    run_folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="weights-", dir=run_folder))
+
+
+async def send_files(client: Client, folder: Path, version: int, timeout_s: float) -> None:
+    await client.post(
+        "/update_weights_from_disk", timeout_s, model_path=str(folder), weight_version=str(version), flush_cache=True
+    )
+
+
+async def send_tensors(client: Client, payload: str, tp: int, version: int | None, timeout_s: float) -> None:
+    """One bucket, `serialised`. `version` goes with the last one, which also flushes the prefix cache."""
+    last: dict[str, Any] = {} if version is None else {"weight_version": str(version)}
+    await client.post(
+        "/update_weights_from_tensor",
+        timeout_s,
+        serialized_named_tensors=[payload] * tp,
+        flush_cache=version is not None,
+        **last,
+    )
+
+
+def serialised(bucket: Bucket) -> str:
+    """CPU tensors by value; CUDA tensors as IPC handles, so the bucket must live until the server has read it."""
+    buffer = io.BytesIO()
+    pickler = _HandlePickler(buffer) if bucket and bucket[0][1].is_cuda else pickle.Pickler(buffer)
+    pickler.dump(bucket)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class _HandlePickler(ForkingPickler):
+    """CUDA tensors as IPC handles that name the GPU by its UUID: device numbers differ between processes."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor) and obj.is_cuda:
+            rebuild, arguments = cast("tuple[Any, tuple[Any, ...]]", reduce_tensor(obj))
+            assert rebuild is rebuild_cuda_tensor
+            device = 6  # its place among rebuild_cuda_tensor's arguments
+            uuid = str(torch.cuda.get_device_properties(arguments[device]).uuid)
+            return rebuild, (*arguments[:device], uuid, *arguments[device + 1 :])
+        return NotImplemented
+
+
+class Group:
+    """A process group of the trainer's rank 0 and all ranks of the servers, for weights alone.
+
+    Args:
+        name: unique in the run.
+        clients: of the servers.
+        tp: ranks of each server.
+        device: of the weights: NCCL for CUDA, gloo for a CPU.
+    """
+
+    def __init__(self, name: str, clients: list[Client], tp: int, device: torch.device, timeout_s: float) -> None:
+        self.name, self.clients, self.tp = name, clients, tp
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.timeout = timedelta(seconds=timeout_s)
+        self.world_size = 1 + tp * len(clients)
+        self.address = _own_address(clients[0].url)
+        self.store = TCPStore(
+            self.address, 0, self.world_size, is_master=True, timeout=self.timeout, wait_for_workers=False
+        )
+        self.group: Any = None
+
+    def joining(self, place: int) -> dict[str, object]:
+        """What the server at this place of `clients` is told at /init_weights_update_group."""
+        return {
+            "master_address": self.address,
+            "master_port": self.store.port,
+            "rank_offset": 1 + self.tp * place,
+            "world_size": self.world_size,
+            "group_name": self.name,
+            "backend": self.backend,
+        }
+
+    def join(self) -> None:
+        """Blocks until the servers have joined."""
+        # torch's public constructors register a group with the default world, to which the servers do not belong;
+        # every trainer that talks to inference servers uses this helper, and the servers use it themselves.
+        from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+
+        self.group, _ = _new_process_group_helper(
+            self.world_size,
+            0,
+            [],
+            Backend(self.backend),
+            PrefixStore(self.name, self.store),
+            group_name=self.name,  # pyright: ignore[reportArgumentType]  # a NewType of str
+            timeout=self.timeout,
+        )
+        _world.pg_group_ranks[self.group] = {rank: rank for rank in range(self.world_size)}
+
+    def broadcast(self, bucket: Bucket) -> None:
+        works = [dist.broadcast(tensor, src=0, group=self.group, async_op=True) for _, tensor in bucket]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    def announce(self, bucket: Bucket, version: int | None) -> dict[str, object]:
+        """The body of /update_weights_from_distributed that goes with `broadcast`."""
+        last: dict[str, object] = {} if version is None else {"weight_version": str(version)}
+        return {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": self.name,
+            "flush_cache": version is not None,
+        } | last
+
+    def leave(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+
+def _own_address(url: str) -> str:
+    """Our address as a server at `url` sees it."""
+    host, _, port = url.split("//", 1)[1].partition("/")[0].rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host.strip("[]"), int(port)))  # sends nothing: it only looks the route up
+        return probe.getsockname()[0]
