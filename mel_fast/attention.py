@@ -10,12 +10,14 @@ T packed tokens, B sequences, L longest sequence, A query heads, K key/value hea
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from mel_fast.errors import InputError
@@ -23,6 +25,9 @@ from mel_fast.packing import PackedBatch
 
 ATTENTION_NAME = "mel_packed"
 Implementation = Literal["flash", "varlen", "padded"]
+
+VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""torch's varlen takes fewer key/value heads than query heads after 2.11; before, they are repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +51,14 @@ class PackedLayout:
     restore: Tensor | None = None  # [T] undoes the order of the classes' tokens
 
     @classmethod
-    def of(cls, batch: PackedBatch, implementation: Implementation) -> PackedLayout:
+    def of(cls, batch: PackedBatch, implementation: Implementation, *, one_class: bool = False) -> PackedLayout:
+        """`one_class`: `padded` pads all sequences to the longest; more work, but always the same operations."""
         if implementation != "padded":
             return cls(batch.cu_seqlens, batch.max_seqlen, implementation)
         lengths = batch.cu_seqlens.diff().long()  # [B]
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [T]
         # Padding to the longest of all would cost its square for each; within a power of two it costs 4 times at most.
-        size = torch.log2(lengths.float()).floor().int()  # [B]
+        size = torch.zeros_like(lengths) if one_class else torch.log2(lengths.float()).floor().int()  # [B]
         classes: list[LengthClass] = []
         for value in size.unique().tolist():
             members = size == value  # [B]
@@ -115,12 +121,14 @@ def packed_attention(
         seqlens = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
         out = flash_attn_varlen_func(q, k, v, *seqlens, dropout_p=dropout, softmax_scale=scaling, causal=True)
     else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        repeats = q.shape[1] // k.shape[1]  # enable_gqa came only after torch 2.11
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        options: dict[str, Any] = {"window_size": (-1, 0), "scale": scaling}
+        if VARLEN_SHARES_HEADS:
+            options["enable_gqa"] = True
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         seqlens = (layout.cu_seqlens, layout.cu_seqlens, layout.max_seqlen, layout.max_seqlen)
-        out = varlen_attn(q, k, v, *seqlens, window_size=(-1, 0), scale=scaling)
+        out = varlen_attn(q, k, v, *seqlens, **options)
         assert isinstance(out, Tensor)  # a tuple only with return_aux
     return out.unsqueeze(0), None
 

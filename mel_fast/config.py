@@ -23,8 +23,8 @@ from mel_fast.errors import InputError
 from mel_fast.evaluate import EvalConfig
 from mel_fast.experience import MelConfig
 from mel_fast.learner import OptimConfig
+from mel_fast.model import ModelConfig
 from mel_fast.objective import ObjectiveConfig
-from mel_fast.policy import ModelConfig
 from mel_fast.prompts import PromptConfig
 from mel_fast.rollout.engine import RolloutConfig
 from mel_fast.telemetry import TelemetryConfig
@@ -58,6 +58,9 @@ class RunConfig(BaseModel):
     keep_checkpoints: int = Field(default=2, ge=1)
     collective_timeout_minutes: float = Field(
         default=240, gt=0, description="how long ranks wait for rank 0's rollouts"
+    )
+    device_memory_gib: float | None = Field(
+        default=None, gt=0, description="--dry-run: memory of a device to plan for; unset: that of this machine's GPU"
     )
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
 
@@ -15,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from mel_fast.distributed import World
 from mel_fast.gspo import SequenceLoss
-from mel_fast.metrics import loss_metrics
-from mel_fast.packing import KINDS, PackedBatch, pack
+from mel_fast.memory import explained
+from mel_fast.metrics import loss_metrics, saved_metrics
+from mel_fast.packing import KINDS, Cost, PackedBatch, balance_metrics, pack
 from mel_fast.policy import Policy
 from mel_fast.types import Sample
 
@@ -79,9 +81,12 @@ class Learner:
 
         Returns:
             The step's metrics, the same on every rank. Without any sample nothing is stepped.
+
+        Raises:
+            OutOfMemory: the device's memory did not suffice.
         """
         started = time.perf_counter()
-        packed = self._distribute(updates)
+        packed, facts = self._distribute(updates)
         if len(packed) * self.config.epochs > 1:  # later steps are off-policy: fix the old log-probs now
             packed = [[replace(b, old_logp=self._logps(self.policy, b)) for b in batches] for batches in packed]
         if self.reference is not None:
@@ -91,7 +96,7 @@ class Learner:
         for _ in range(self.config.epochs):
             for batches in packed:
                 norms.append(self._step(batches, loss, sums))
-        metrics = loss_metrics(self.world.reduce(sums)) if sums else {}
+        metrics = facts | (loss_metrics(self.world.reduce(sums)) if sums else {})
         tokens = sum(batch.tokens for batches in packed for batch in batches) * self.config.epochs
         counts = self.world.reduce({"tokens": torch.tensor(float(tokens))})
         seconds = time.perf_counter() - started
@@ -108,10 +113,12 @@ class Learner:
         self, batches: Sequence[PackedBatch], loss: LossConfig | SequenceLoss, sums: dict[str, torch.Tensor]
     ) -> float:
         for batch in batches:
-            value, logp, entropy, metrics = self.policy(batch, loss)
-            # FSDP averages gradients over ranks, and the weights already hold the global denominators: undo the
-            # average.
-            (value * self.world.size).backward()
+            with self._explained("the forward", batch):
+                value, logp, entropy, metrics = self.policy(batch, loss)
+            with self._explained("the backward", batch):
+                # FSDP averages gradients over ranks, and the weights already hold the global denominators: undo the
+                # average.
+                (value * self.world.size).backward()
             for name, metric in (metrics | by_kind(batch, logp, entropy)).items():
                 if name not in sums:
                     sums[name] = metric.detach().clone()
@@ -119,29 +126,41 @@ class Learner:
                     sums[name] = torch.maximum(sums[name], metric.detach())
                 else:
                     sums[name] += metric.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(self.updates_done, self.total_updates)
-        self.optimizer.step()
+        with self._explained("the optimizer's step"):
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr_at(self.updates_done, self.total_updates)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates_done += 1
         return norm.item()
 
     @torch.no_grad()
     def _logps(self, policy: Policy, batch: PackedBatch) -> torch.Tensor:
-        return policy(batch, None)[1]
+        with self._explained("the log-probs of the " + ("old" if policy is self.policy else "reference"), batch):
+            return policy(batch, None)[1]
 
-    def _distribute(self, updates: Sequence[Sequence[Sample]] | None) -> list[list[PackedBatch]]:
-        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty update."""
+    def _explained(self, phase: str, batch: PackedBatch | None = None) -> AbstractContextManager[None]:
+        tokens, budget = batch.tokens if batch else 0, self.config.token_budget
+        return explained(phase, self.world.rank, tokens, budget, self.policy.settings)
+
+    def _distribute(
+        self, updates: Sequence[Sequence[Sample]] | None
+    ) -> tuple[list[list[PackedBatch]], dict[str, float]]:
+        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty update; and what it saw of them."""
         shares = None
         if self.world.main:
             assert updates is not None
-            size = self.world.size
-            plans = [pack(s, self.config.token_budget, size, self.policy.quadratic) for s in updates if s]
-            shares = [[plan[rank] for plan in plans] for rank in range(size)]
-        mine: list[list[PackedBatch]] = self.world.scatter(shares)
-        return [[batch.to(self.world.device) for batch in batches] for batches in mine]
+            size, budget, epochs = self.world.size, self.config.token_budget, self.config.epochs
+            cost, updates = Cost.of(self.policy.config), [samples for samples in updates if samples]
+            plans = [pack(samples, budget, size, cost) for samples in updates]
+            in_row = [[batch for plan in plans for batch in plan[rank]] for rank in range(size)]
+            facts = balance_metrics(in_row, budget, cost)
+            facts |= saved_metrics(updates, epochs, len(updates) * epochs > 1, self.reference is not None)
+            shares = [([plan[rank] for plan in plans], facts) for rank in range(size)]
+        mine, facts = self.world.scatter(shares)
+        return [[batch.to(self.world.device) for batch in batches] for batches in mine], facts
 
 
 def by_kind(batch: PackedBatch, logp: torch.Tensor, entropy: torch.Tensor) -> dict[str, torch.Tensor]:

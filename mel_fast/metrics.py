@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from mel_fast.packing import KINDS
-from mel_fast.types import Episode
+from mel_fast.packing import KINDS, loss_rows
+from mel_fast.types import Episode, Sample
 
 
 def rollout_metrics(episodes: Sequence[Episode], dropped: Mapping[str, int]) -> dict[str, float]:
@@ -62,6 +62,7 @@ def loss_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         rows = sums["policy/rows"] + sums["nll/rows"]
         metrics["budget/rows"] = (sums["policy/dropped_rows"] + sums["nll/dropped_rows"]) / rows
         metrics["budget/gradient"] = (sums["policy/dropped_l1"] + sums["nll/dropped_l1"]) / whole
+        metrics["saved/gradient_budget"] = sums["policy/dropped_rows"] + sums["nll/dropped_rows"]
     if rows := sums["policy/rows"]:
         for name in (
             "entropy",
@@ -84,6 +85,35 @@ def loss_metrics(sums: Mapping[str, float]) -> dict[str, float]:
             metrics[f"nll/{kind}"] = sums[f"kind/{kind}/nll"] / rows
             metrics[f"entropy/{kind}"] = sums[f"kind/{kind}/entropy"] / rows
     return metrics
+
+
+def saved_metrics(
+    updates: Sequence[Sequence[Sample]], epochs: int, old_logps: bool, reference: bool
+) -> dict[str, float]:
+    """What an update did not compute, in tokens (counted once for every pass left out).
+
+    `saved/old_logp_pass`, `saved/reference_pass`: forward passes over the policy's sequences, which are not run
+    on-policy (the ratio is 1) and without KL. `saved/head_rows`: positions without loss, which never reach the head, in
+    the passes that are run. With these belong `saved/zero_advantage` (see `objective.build_batch`), whole sequences,
+    and `saved/gradient_budget` (see `loss_metrics`), rows left out of the head's backward alone.
+
+    Nothing is saved where sequences have a prefix in common: the prompt of a group, and the question in the forms of
+    one experience, are run once per sequence.
+
+    Args:
+        updates: the samples of each optimizer step.
+        epochs: passes over them.
+        old_logps: whether the pass for old log-probs is run.
+        reference: whether the reference's is.
+    """
+    samples = [sample for update in updates for sample in update]
+    policy = sum(len(sample.ids) for sample in samples if sample.kind == "policy")
+    without_loss = sum(len(sample.ids) - loss_rows(sample) for sample in samples)
+    return {
+        "saved/old_logp_pass": 0.0 if old_logps else float(policy),
+        "saved/reference_pass": 0.0 if reference else float(policy),
+        "saved/head_rows": float(without_loss * (epochs + old_logps + reference)),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -122,7 +122,15 @@ def build_batch(
     cuts = np.linspace(0, len(episodes), count + 1).astype(int)
     batch = Batch([])
     totals: dict[str, int] = dict.fromkeys(
-        ("groups", "groups_without_signal", "policy_tokens", "policy_tokens_dropped", "masked_overlong"), 0
+        (
+            "batch/groups",
+            "batch/groups_without_signal",
+            "batch/policy_tokens",
+            "batch/policy_tokens_dropped",
+            "batch/masked_overlong",
+            "saved/zero_advantage",  # prompts included: sequences that no pass sees
+        ),
+        0,
     )
     for start, end in pairwise(cuts):
         chosen, their = episodes[start:end], advantages[start:end]
@@ -132,7 +140,7 @@ def build_batch(
             else _policy(chosen, their, config, max_new_tokens, temperature, totals)
         )
         batch.updates.append(policy + _meta_experience(chosen, internalise, nll_weight, renderer))
-    batch.metrics = {f"batch/{name}": float(value) for name, value in totals.items()}
+    batch.metrics = {name: float(value) for name, value in totals.items()}
     samples = [sample for update in batch.updates for sample in update]
     batch.metrics["batch/samples"] = float(len(samples))
     batch.metrics["batch/tokens"] = float(sum(len(sample.ids) for sample in samples))
@@ -196,15 +204,17 @@ def _policy(
     every_row_matters = config.kl_coef > 0 or config.entropy_coef > 0  # even those without advantage
     samples: list[Sample] = []
     for episode, group in zip(episodes, advantages, strict=True):
-        totals["groups"] += 1
-        totals["groups_without_signal"] += int(not group.any())
+        totals["batch/groups"] += 1
+        totals["batch/groups_without_signal"] += int(not group.any())
         for trajectory, advantage in zip(episode.trajectories, group, strict=True):
             length = len(trajectory.output_ids)
-            totals["policy_tokens"] += length
+            totals["batch/policy_tokens"] += length
             masked = config.overlong == "mask" and trajectory.finish_reason == "length"
-            totals["masked_overlong"] += int(masked)
-            if length == 0 or masked or (advantage == 0 and not every_row_matters):
-                totals["policy_tokens_dropped"] += length
+            totals["batch/masked_overlong"] += int(masked)
+            idle = bool(advantage == 0) and not every_row_matters
+            if length == 0 or masked or idle:
+                totals["batch/policy_tokens_dropped"] += length
+                totals["saved/zero_advantage"] += idle * (len(trajectory.prompt_ids) + length)
                 continue
             per_response = len(episodes) * len(episode.trajectories)
             denominator = {

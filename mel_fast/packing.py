@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,38 +86,69 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
     )
 
 
-def pack(samples: Sequence[Sample], token_budget: int, world_size: int, quadratic: float) -> list[list[PackedBatch]]:
-    """Splits samples into micro-batches, equally many on each rank.
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of a forward pass; a backward costs twice as much, term by term.
 
-    Longest first into the cheapest micro-batch that has room; when none has room, start again with one more micro-batch
-    per rank. A sample longer than the budget gets a micro-batch of its own: it is trained on, never dropped.
+    A sequence of L tokens, N of them with loss, costs `token` L + `square` L^2 + `row` N.
+    """
+
+    token: float
+    square: float = 0.0
+    row: float = 0.0
+
+    @classmethod
+    def of(cls, config: Any) -> Cost:
+        """Of a dense decoder (a transformers configuration): A query and K key/value heads of dimension D.
+
+        Per block, two FLOPs per multiply and add: projections 2 H D (A + 2 K) into and 2 A D H out of attention, the
+        gated MLP 6 H I; scores and values 2 A D L^2, of which causality leaves out the other half. The head is 2 H V
+        for each row with loss.
+        """
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        dimension = getattr(config, "head_dim", None) or hidden // heads
+        keys = getattr(config, "num_key_value_heads", None) or heads
+        block = 2 * hidden * dimension * (2 * heads + 2 * keys) + 6 * hidden * config.intermediate_size
+        layers = config.num_hidden_layers
+        return cls(layers * block, layers * 2 * heads * dimension, 2 * hidden * config.vocab_size)
+
+    def of_sequence(self, length: int, rows: int) -> float:
+        return self.token * length + self.square * length * length + self.row * rows
+
+    def of_batch(self, batch: PackedBatch) -> float:
+        lengths = batch.cu_seqlens.diff().double()
+        return self.token * batch.tokens + self.square * lengths.square().sum().item() + self.row * len(batch.rows)
+
+
+def pack(samples: Sequence[Sample], token_budget: int, world_size: int, cost: Cost) -> list[list[PackedBatch]]:
+    """Splits samples into micro-batches, equally many on each rank, such that ranks wait little for each other.
+
+    Most expensive first into the cheapest micro-batch that has room; when none has room, start again with one more
+    micro-batch per rank. FSDP keeps the ranks in step, micro-batch by micro-batch, so a step takes the sum of the
+    slowest ones: those of similar cost run side by side, the most expensive first (its memory is then known first).
+    A sample longer than the budget gets a micro-batch of its own: it is trained on, never dropped.
 
     Args:
         samples: at least one.
         token_budget: tokens per micro-batch.
         world_size: number of ranks.
-        quadratic: cost of a sequence of L tokens is L + quadratic * L^2 (attention's share; see `attention_cost`).
+        cost: of the model.
 
     Returns:
         [rank][micro-batch]; every rank has the same number, padded with lossless ones where samples are too few.
     """
-    order = sorted(range(len(samples)), key=lambda index: (-len(samples[index].ids), index))
+    costs = [cost.of_sequence(len(sample.ids), loss_rows(sample)) for sample in samples]
+    order = sorted(range(len(samples)), key=lambda index: (-costs[index], -len(samples[index].ids), index))
     lengths = [len(samples[index].ids) for index in order]
-    costs = [length + quadratic * length * length for length in lengths]
+    costs = [costs[index] for index in order]
     alone = sum(length > token_budget for length in lengths)
     shared = sum(length for length in lengths if length <= token_budget)
-    per_rank = math.ceil((alone + math.ceil(shared / token_budget)) / world_size)
-    while (bins := _fill(lengths, costs, token_budget, per_rank * world_size)) is None:
-        per_rank += 1
-    # Dealing the bins out by descending cost, back and forth, evens the ranks' sums.
+    rounds = math.ceil((alone + math.ceil(shared / token_budget)) / world_size)
+    while (bins := _fill(lengths, costs, token_budget, rounds * world_size)) is None:
+        rounds += 1
     bins.sort(key=lambda members: -sum(costs[i] for i in members))
-    shares: list[list[PackedBatch]] = [[] for _ in range(world_size)]
-    for index, members in enumerate(bins):
-        lap, seat = divmod(index, world_size)
-        rank = seat if lap % 2 == 0 else world_size - 1 - seat
-        chosen = [samples[order[i]] for i in members]
-        shares[rank].append(collate(chosen) if chosen else collate([_lossless(samples[0])]))
-    return shares
+    filled = [[samples[order[i]] for i in members] or [_lossless(samples[0])] for members in bins]
+    return [[collate(members) for members in filled[rank::world_size]] for rank in range(world_size)]
 
 
 def attention_cost(hidden_size: int, intermediate_size: int) -> float:
@@ -127,18 +159,43 @@ def attention_cost(hidden_size: int, intermediate_size: int) -> float:
     return 2 * hidden_size / (8 * hidden_size**2 + 6 * hidden_size * intermediate_size)
 
 
+def balance_metrics(plan: Sequence[Sequence[PackedBatch]], token_budget: int, cost: Cost) -> dict[str, float]:
+    """How well `pack` did, for a plan of [rank][micro-batch] (those of several updates laid end to end).
+
+    `flops_max_over_mean` is the time of the step over that of a perfect balance, 1 at best: the sum over micro-batches
+    of the slowest rank's FLOPs over the sum of the ranks' mean. `padding_share` is the share of tokens that only keep
+    a rank without samples in step, `budget_fill` that of the token budget in use.
+    """
+    if not plan or not plan[0]:
+        return {}
+    flops = np.array([[cost.of_batch(batch) for batch in share] for share in plan])  # [ranks, micro-batches]
+    tokens = np.array([[batch.tokens for batch in share] for share in plan])
+    idle = np.array([[len(batch.rows) == 0 for batch in share] for share in plan])
+    return {
+        "balance/flops_max_over_mean": float(flops.max(0).sum() / flops.mean(0).sum()),
+        "balance/padding_share": float(tokens[idle].sum() / tokens.sum()),
+        "balance/budget_fill": float(tokens[~idle].sum() / (token_budget * tokens.size)),
+        "balance/micro_batches": float(len(plan[0])),
+    }
+
+
+def loss_rows(sample: Sample) -> int:
+    """How many of its tokens carry loss; the head sees no others."""
+    return int(np.count_nonzero((sample.stream != 0) & (sample.weight != 0)))
+
+
 def _fill(lengths: list[int], costs: list[float], token_budget: int, count: int) -> list[list[int]] | None:
     bins: list[list[int]] = [[] for _ in range(count)]
-    room = [token_budget] * count
-    cost = [0.0] * count
+    room, load = np.full(count, token_budget), np.zeros(count)
     for index, length in enumerate(lengths):
-        open_bins = [b for b in range(count) if room[b] >= length or not bins[b]]
-        if not open_bins:
+        # Empty ones take any length, and are the cheapest.
+        fits = (room >= length) | (room == token_budget)
+        if not fits.any():
             return None
-        chosen = min(open_bins, key=lambda b: (cost[b], b))
+        chosen = int(np.where(fits, load, np.inf).argmin())
         bins[chosen].append(index)
         room[chosen] -= length
-        cost[chosen] += costs[index]
+        load[chosen] += costs[index]
     return bins
 
 

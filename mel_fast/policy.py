@@ -8,61 +8,33 @@ T packed tokens, N loss rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from mel_kernels import LossConfig, fused_loss, token_logprobs
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mel_fast.attention import ATTENTION_NAME, Implementation, PackedLayout, choose_implementation
+from mel_fast.blocks import blocks, checkpoint_blocks, compile_blocks, fuse, shard
 from mel_fast.distributed import World
 from mel_fast.errors import InputError
 from mel_fast.gspo import SequenceLoss, sequence_loss
+from mel_fast.model import ModelConfig, empty_model, fill, load_model
 from mel_fast.packing import PackedBatch, attention_cost
-
-
-class ModelConfig(BaseModel):
-    """Which model, and how it computes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    path: str = Field(description="a folder with a transformers checkpoint, or a hub name")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="compute type; master weights are always float32"
-    )
-    attention: Literal["auto", "padded", "varlen", "flash"] = "auto"
-    gradient_checkpointing: bool = False
-    kernels: Literal["auto", "triton", "torch", "reference"] = Field(
-        default="auto", description="back end of the fused loss; auto: triton on CUDA, torch elsewhere"
-    )
-    gradient_budget: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the logits' gradient that the head may leave out; 0 is exact"
-    )
-    trust_remote_code: bool = False
 
 
 class Policy(nn.Module):
     """Args:
     model: a transformers model with full causal attention, loaded with `attn_implementation=ATTENTION_NAME`.
     implementation: of packed attention.
-    kernels: back end of the fused loss.
-    gradient_budget: of the fused loss; see `mel_kernels.fused_loss`, `delta`.
+    settings: of these, the back end and the gradient budget of the fused loss, and whether blocks are compiled.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, implementation: Implementation, kernels: str, gradient_budget: float = 0.0
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, implementation: Implementation, settings: ModelConfig) -> None:
         super().__init__()
         self.model = model
         self.implementation: Implementation = implementation
-        self.kernels = kernels
-        self.gradient_budget = gradient_budget
+        self.settings = settings
 
     def forward(
         self, batch: PackedBatch, loss: LossConfig | SequenceLoss | None
@@ -82,7 +54,7 @@ class Policy(nn.Module):
             input_ids=batch.input_ids.unsqueeze(0),
             position_ids=batch.position_ids.unsqueeze(0),
             use_cache=False,
-            layout=PackedLayout.of(batch, self.implementation),
+            layout=PackedLayout.of(batch, self.implementation, one_class=self.settings.compile),
         ).last_hidden_state[0]  # [T, H]
         hidden = hidden.index_select(0, batch.rows)  # [N, H]
         head = self.model.get_output_embeddings()
@@ -94,8 +66,8 @@ class Policy(nn.Module):
                 batch.target,
                 bias=head.bias,
                 temperature=batch.temperature,
-                backend=self.kernels,
-                delta=self.gradient_budget,
+                backend=self.settings.kernels,
+                delta=self.settings.gradient_budget,
             )
             if loss is None:
                 return logp.new_zeros(()), logp, entropy, {}
@@ -114,8 +86,8 @@ class Policy(nn.Module):
             ref_logp=batch.ref_logp,
             bias=head.bias,
             temperature=batch.temperature,
-            backend=self.kernels,
-            delta=self.gradient_budget,
+            backend=self.settings.kernels,
+            delta=self.settings.gradient_budget,
         )
         return out.loss, out.logp, out.entropy, out.metrics
 
@@ -129,41 +101,35 @@ class Policy(nn.Module):
 
 
 def load_policy(config: ModelConfig, world: World) -> Policy:
-    """Loads the checkpoint in float32, and shards it when there is more than one rank or compute is in 16 bits.
+    """The policy with its checkpoint's weights in float32.
+
+    It is sharded when there is more than one rank, compute is in 16 bits or weights are offloaded: what keeps float32
+    weights beside 16-bit compute, or on the CPU, is FSDP2.
 
     Raises:
-        InputError: there is no such model, it has sliding-window attention, or the attention asked for cannot run here.
+        InputError: there is no such model, it has sliding-window attention, or attention or kernels that were asked
+            for cannot run here.
     """
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    implementation = choose_implementation(config.attention, world.device, dtype)
-    model = load_model(config, attn_implementation=ATTENTION_NAME)
+    implementation = choose_implementation(config.attention, world.device, config.compute_dtype)
+    sharded = world.size > 1 or config.dtype != "float32" or config.offload
+    model = (empty_model if sharded else load_model)(config, attn_implementation=ATTENTION_NAME)
+    policy = assemble(model, implementation, config, world, sharded=sharded)
+    if sharded:
+        fill(model, config, world)
+    return policy if sharded else policy.to(world.device)
+
+
+def assemble(
+    model: PreTrainedModel, implementation: Implementation, config: ModelConfig, world: World, *, sharded: bool
+) -> Policy:
+    """The policy around a model, whose blocks are made what `config` says."""
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise InputError(f"{config.path} uses sliding-window attention, which packed training does not implement")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model, implementation, config.kernels, config.gradient_budget).train()
-    if world.size == 1 and dtype == torch.float32:
-        return policy.to(world.device)
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in model.base_model.layers:  # pyright: ignore[reportGeneralTypeIssues]
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    # The root's input is the batch, whose weights and log-probs must stay float32; FSDP2 would cast them too.
-    fully_shard(policy, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False))
+    fuse(model, config, world)
+    checkpoint_blocks(model, config.checkpointing)
+    policy = Policy(model, implementation, config).train()
+    if sharded:
+        shard(policy, blocks(model), config, world)
+    if config.compile:
+        compile_blocks(blocks(model))
     return policy
-
-
-def load_model(config: ModelConfig, **options: Any) -> PreTrainedModel:
-    """The transformers model in float32. One clear error for a missing one."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **options
-        )
-    except OSError as error:
-        what = (
-            "no checkpoint in that folder"
-            if Path(config.path).is_dir()
-            else "no such folder, and the hub has no such name"
-        )
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.path={config.path!r}: {what} ({reason})") from error

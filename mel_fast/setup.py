@@ -19,7 +19,8 @@ from mel_fast.distributed import World, join_world
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
 from mel_fast.learner import Learner
-from mel_fast.policy import ModelConfig, load_model, load_policy
+from mel_fast.model import ModelConfig, load_model
+from mel_fast.policy import load_policy
 from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
 from mel_fast.rollout.local import LocalEngine
@@ -111,8 +112,9 @@ def open_evaluation(config: Config) -> Iterator[tuple[Engine, Renderer, Verifier
 
 def open_engine(config: Config, renderer: Renderer, world: World) -> Engine:
     """The engine, with the weights of `model.path`."""
-    rollout, model = config.rollout, load_model(config.model)
-    nn.Module.to(model, world.device, getattr(torch, rollout.dtype))
+    rollout = config.rollout
+    model = load_model(config.model, getattr(torch, rollout.dtype))
+    nn.Module.to(model, world.device)
     engine = LocalEngine(model, renderer.stop_ids, rollout.max_batch)
     if rollout.max_new_tokens >= engine.context_length:
         raise InputError(

@@ -14,7 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from mel_fast.types import Sample
 
 
-def make_model(vocabulary: int, seed: int = 0, layers: int = 2, context: int = 256) -> Qwen3ForCausalLM:
+def make_model(
+    vocabulary: int, seed: int = 0, layers: int = 2, context: int = 256, tied: bool = True
+) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -26,7 +28,7 @@ def make_model(vocabulary: int, seed: int = 0, layers: int = 2, context: int = 2
             num_key_value_heads=2,
             head_dim=8,
             max_position_embeddings=context,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
         )
     )
     with torch.no_grad():

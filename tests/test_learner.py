@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from mel_kernels import LossConfig
-from support import random_samples, torchrun
+from support import make_model, random_samples, torchrun
+from transformers import PreTrainedTokenizerBase
 
 from mel_fast.distributed import World
+from mel_fast.errors import InputError
 from mel_fast.learner import Learner, OptimConfig
-from mel_fast.policy import ModelConfig, load_policy
+from mel_fast.model import ModelConfig
+from mel_fast.policy import load_policy
 
 SCRIPT = str(Path(__file__).parent / "ranks" / "updates.py")
 COMPARED = (
@@ -50,6 +54,68 @@ def test_one_rank_equals_two_ranks(model_folder: Path, tmp_path: Path, kl: str) 
     two = updates(2, model_folder, tmp_path / "two.json", "--kl", kl)
     assert_same_curve(one, two)
     assert one[0]["loss/total"] != one[1]["loss/total"]
+
+
+SETTINGS = {
+    "checkpointing": {"checkpointing": "full"},
+    "selective checkpointing": {"checkpointing": "selective"},
+    "offload": {"offload": True},
+    "weights stay gathered": {"reshard_after_forward": False},
+    "all of it": {"checkpointing": "selective", "offload": True, "reshard_after_forward": False},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_no_way_of_saving_memory_changes_the_curve_on_two_ranks(
+    model_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    plain = updates(1, model_folder, tmp_path / "plain.json")
+    saving = updates(2, model_folder, tmp_path / "saving.json", "--settings", json.dumps(settings))
+    assert_same_curve(saving, plain)
+
+
+def test_a_head_of_its_own_is_trained_alike_on_two_ranks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    make_model(len(tokenizer), tied=False).save_pretrained(tmp_path / "model")
+    one, two = (updates(ranks, tmp_path / "model", tmp_path / "m.json") for ranks in (1, 2))
+    assert_same_curve(one, two)
+
+
+@pytest.mark.parametrize("settings", [{"offload": True}, {"dtype": "bfloat16", "offload": True}])
+def test_offloading_changes_no_bit_of_one_ranks_curve(
+    model_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    with_and_without = [
+        updates(1, model_folder, tmp_path / "m.json", "--settings", json.dumps(settings | {"offload": offload}))
+        for offload in (True, False)
+    ]
+    assert_same_curve(*with_and_without, tolerance=0)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_no_bit_of_the_curve(model_folder: Path, world: World, mode: str) -> None:
+    curves = []
+    for checkpointing in ("none", mode):
+        model = ModelConfig.model_validate({"path": str(model_folder), "checkpointing": checkpointing})
+        trained = Learner(load_policy(model, world), None, OptimConfig(lr=1e-3, token_budget=100), 4, world)
+        curves.append([trained.update([random_samples(400, seed=step)], LossConfig()) for step in range(3)])
+    assert_same_curve(curves[0], curves[1], tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize(("mode", "ranks"), [("none", 1), ("full", 1), ("selective", 2)])
+def test_compiled_blocks_train_alike_and_are_compiled_a_few_times_only(
+    model_folder: Path, tmp_path: Path, mode: str, ranks: int
+) -> None:
+    """The curve, each step with another number of tokens and sequences."""
+    steps = ("--steps", "0", "8")
+    eager = updates(1, model_folder, tmp_path / "eager.json", *steps)
+    settings = json.dumps({"compile": True, "checkpointing": mode})
+    compiled = updates(ranks, model_folder, tmp_path / "compiled.json", *steps, "--settings", settings)
+    assert_same_curve(compiled, eager, tolerance=1e-4)
+    # With and without gradients (the old log-probs of step 2), and a micro-batch of a single sequence.
+    assert 1 <= compiled[2]["test/graphs"] <= 3
+    assert compiled[-1]["test/graphs"] == compiled[2]["test/graphs"], "it goes on compiling"
 
 
 def test_micro_batching_changes_nothing(model_folder: Path, world: World) -> None:
@@ -139,3 +205,28 @@ def test_gradients_are_clipped_to_the_norm(model_folder: Path, world: World) -> 
 def test_learning_rate_schedules(settings: dict[str, object], expected: list[float]) -> None:
     config = OptimConfig.model_validate({"lr": 1.0} | settings)
     assert [config.lr_at(update, 10) for update in (0, 5, 10)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("fails", "budget", "expected"),
+    [
+        ("forward", 100, r"rank 0 ran out of device memory in the forward with a micro-batch of \d+ tokens .*"
+         r"optim\.token_budget=100, model\.checkpointing=none, .*1\. lower optim\.token_budget to \d+, .*"
+         r"2\. set model\.checkpointing=full; 3\. set model\.offload=true; .*tried to allocate 2 GiB"),
+        ("forward", 5, r"one sample alone has \d+ tokens: lower rollout\.max_new_tokens"),
+        ("backward", 100, "in the backward with a micro-batch"),
+        ("step", 100, r"in the optimizer's step \(.*1\. set model\.offload=true"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_one_error_that_says_what_to_change(
+    model_folder: Path, world: World, monkeypatch: pytest.MonkeyPatch, fails: str, budget: int, expected: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB\nmore details")
+
+    trained = learner(model_folder, world, token_budget=budget)
+    owner = {"forward": trained.policy, "backward": torch.Tensor, "step": trained.optimizer}[fails]
+    monkeypatch.setattr(owner, fails, fail)
+    with pytest.raises(InputError, match=expected) as error:
+        trained.update([random_samples(400)], LossConfig())
+    assert "\n" not in str(error.value)

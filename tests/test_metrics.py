@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 
 import pytest
-from factories import episode, experience, trajectory
+from factories import as_any, episode, experience, trajectory
+from mel_kernels import LossConfig
 from rich.console import Console
+from support import random_samples
 
 from mel_fast.console import COLUMNS, Display
+from mel_fast.distributed import World
 from mel_fast.evaluate import Score
-from mel_fast.metrics import loss_metrics, rollout_metrics
+from mel_fast.learner import Learner, OptimConfig
+from mel_fast.metrics import loss_metrics, rollout_metrics, saved_metrics
+from mel_fast.model import ModelConfig
+from mel_fast.objective import Internalise, ObjectiveConfig, build_batch
 from mel_fast.packing import KINDS
+from mel_fast.policy import load_policy
 from mel_fast.types import Experience
 
 
@@ -97,6 +105,55 @@ def test_sums_of_the_loss_become_means_norms_and_maxima() -> None:
     assert {name: metrics[name] for name in expected} == expected
     assert "nll/retrospective" not in metrics  # no rows: no mean
     assert not any(name.startswith("policy/") for name in loss_metrics(sums(policy_rows=0.0)))
+
+
+def test_rows_that_the_gradient_budget_left_out_are_counted() -> None:
+    found = sums()
+    for stream in ("policy", "nll"):
+        found |= {f"{stream}/grad_l1": 4.0, f"{stream}/dropped_l1": 0.5, f"{stream}/dropped_rows": 1.0}
+    metrics = loss_metrics(found)
+    assert metrics["saved/gradient_budget"] == 2.0
+    assert metrics["budget/rows"] == pytest.approx(2 / 6)
+    assert "saved/gradient_budget" not in loss_metrics(sums())
+
+
+@pytest.mark.parametrize(("epochs", "old_logps", "reference"), [(1, False, False), (2, True, False), (1, False, True)])
+def test_passes_and_head_rows_that_were_not_run_are_counted(epochs: int, old_logps: bool, reference: bool) -> None:
+    first, second = random_samples(50, seed=0), random_samples(50, seed=1)
+    metrics = saved_metrics([first, second], epochs, old_logps, reference)
+    policy = sum(len(s.ids) for s in (*first, *second) if s.kind == "policy")
+    context = sum(int((s.stream == 0).sum()) for s in (*first, *second))
+    assert metrics["saved/old_logp_pass"] == (0 if old_logps else policy)
+    assert metrics["saved/reference_pass"] == (0 if reference else policy)
+    assert metrics["saved/head_rows"] == context * (epochs + old_logps + reference)
+    assert 0 < policy < sum(len(s.ids) for s in (*first, *second))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_sequences_without_advantage_that_were_left_out_are_counted(kl: float) -> None:
+    """Prompts of 3 tokens. A KL term needs them all."""
+    episodes = [episode([1, 0], [4, 5]), episode([1, 1], [6, 7])]
+    batch = build_batch(episodes, ObjectiveConfig(kl_coef=kl), Internalise(), 1.0, 10, 1.0, as_any(None))
+    assert batch.metrics["saved/zero_advantage"] == (0 if kl else 3 + 6 + 3 + 7)
+    assert batch.metrics["batch/policy_tokens"] == 4 + 5 + 6 + 7
+
+
+def test_an_update_reports_its_balance_and_what_it_saved(model_folder: Path, world: World) -> None:
+    samples = random_samples(400)
+    policy, tokens = (sum(len(s.ids) for s in samples if s.kind in kinds) for kinds in (("policy",), KINDS))
+    reports = []
+    for epochs in (1, 2):
+        settings = OptimConfig(token_budget=100, epochs=epochs)
+        learner = Learner(load_policy(ModelConfig(path=str(model_folder)), world), None, settings, 4, world)
+        reports.append(learner.update([samples], LossConfig()))
+    on_policy, off_policy = reports
+    assert on_policy["saved/old_logp_pass"] == on_policy["saved/reference_pass"] == policy
+    assert off_policy["saved/old_logp_pass"] == 0
+    rows = on_policy["rows/policy"] + on_policy["rows/nll"]
+    assert on_policy["saved/head_rows"] == tokens - rows
+    assert off_policy["saved/head_rows"] == 3 * (tokens - rows)
+    assert on_policy["balance/flops_max_over_mean"] == 1.0  # one rank
+    assert on_policy["balance/budget_fill"] == pytest.approx(tokens / (100 * on_policy["balance/micro_batches"]))
 
 
 # --- the console ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 from mel_kernels import LossConfig, Stream
 from support import make_model, random_samples, torchrun
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.models.qwen3 import modeling_qwen3
 
 from mel_fast.attention import choose_implementation
+from mel_fast.blocks import fuse
 from mel_fast.distributed import World
 from mel_fast.errors import InputError
 from mel_fast.gspo import SequenceLoss
+from mel_fast.model import ModelConfig, load_model
 from mel_fast.packing import PackedBatch, collate
-from mel_fast.policy import ModelConfig, Policy, load_policy
+from mel_fast.policy import Policy, load_policy
 from mel_fast.types import Sample
 
 
@@ -58,14 +62,16 @@ def test_a_sequence_does_not_see_its_neighbours(policy: Policy) -> None:
     torch.testing.assert_close(after, alone, atol=1e-6, rtol=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing(model_folder: Path, world: World) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_no_bit_of_the_gradients(model_folder: Path, world: World, mode: str) -> None:
     batch = collate(random_samples(400))
     gradients = []
-    for checkpointing in (False, True):
-        policy = load_policy(ModelConfig(path=str(model_folder), gradient_checkpointing=checkpointing), world)
+    for checkpointing in ("none", mode):
+        config = ModelConfig.model_validate({"path": str(model_folder), "checkpointing": checkpointing})
+        policy = load_policy(config, world)
         policy(batch, LossConfig())[0].backward()
         gradients.append([p.grad for p in policy.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
 
 
 LOSSES = {
@@ -84,7 +90,7 @@ LOSSES = {
 def test_joint_objective_equals_full_logits_in_float64(model_folder: Path, loss: LossConfig, off_policy: bool) -> None:
     """J_RLVR + R_MEL on a mixed batch: policy rows, NLL rows and context in one pack, value and every gradient."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="mel_packed")
-    policy = Policy(model, "padded", "torch")
+    policy = Policy(model, "padded", ModelConfig(path=str(model_folder), kernels="torch"))
     samples = random_samples(model.config.vocab_size)
     batch = collate(samples)
     torch.manual_seed(1)
@@ -141,7 +147,8 @@ def full_logits_loss(
 def test_gspo_equals_its_formula_on_full_logits_in_float64(model_folder: Path, off_policy: bool) -> None:
     """Sequence by sequence: the geometric mean of the token ratios, clipped as a whole; beside it the NLL rows."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="mel_packed")
-    policy, samples = Policy(model, "padded", "torch"), random_samples(model.config.vocab_size)
+    policy = Policy(model, "padded", ModelConfig(path=str(model_folder), kernels="torch"))
+    samples = random_samples(model.config.vocab_size)
     batch = collate(samples)
     torch.manual_seed(1)
     if off_policy:
@@ -209,6 +216,39 @@ def test_a_missing_model_is_one_clear_error(world: World, tmp_path: Path) -> Non
         load_policy(ModelConfig(path=str(tmp_path / "nowhere")), world)
 
 
+def test_buffers_keep_their_precision_in_a_16_bit_model(model_folder: Path) -> None:
+    """Frequencies rounded to bf16 turn position 1000 by whole radians."""
+    model = load_model(ModelConfig(path=str(model_folder)), torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_sharded_loading_equals_plain_loading_and_only_rank_0_reads(
+    world: World, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, tied: bool
+) -> None:
+    make_model(len(tokenizer), tied=tied).save_pretrained(tmp_path / "model")
+    result = torchrun(2, str(Path(__file__).parent / "ranks" / "loading.py"), str(tmp_path / "model"), str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    plain = load_policy(ModelConfig(path=str(tmp_path / "model")), world)
+    with torch.no_grad():
+        logp = plain(collate(random_samples(400)), None)[1]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["logp"], logp, atol=0, rtol=0)
+        torch.testing.assert_close(found["buffers"], dict(plain.model.named_buffers()), atol=0, rtol=0)
+        assert found["tied"] is tied
+
+
+def test_weights_that_only_rank_0_can_miss_are_one_error_on_every_rank(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "model").mkdir()
+    shutil.copy(model_folder / "config.json", tmp_path / "model")
+    result = torchrun(2, str(Path(__file__).parent / "ranks" / "loading.py"), str(tmp_path / "model"), str(tmp_path))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for rank in (0, 1):
+        assert "no checkpoint in that folder" in torch.load(tmp_path / f"{rank}.pt")["error"]
+
+
 def test_a_model_with_sliding_windows_is_refused(
     world: World, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -224,3 +264,35 @@ def test_an_attention_that_cannot_run_here_is_refused_by_name() -> None:
     assert choose_implementation("auto", torch.device("cpu"), torch.float32) == "padded"
     with pytest.raises(InputError, match=r"model\.attention=varlen needs CUDA"):
         choose_implementation("varlen", torch.device("cpu"), torch.float32)
+
+
+def test_liger_that_cannot_run_here_is_refused_by_name_and_auto_does_without(model_folder: Path, world: World) -> None:
+    auto = load_policy(ModelConfig(path=str(model_folder)), world)
+    assert not any("Liger" in module._get_name() for module in auto.modules())
+    with pytest.raises(InputError, match=r"model\.liger=true: it needs CUDA, not cpu"):
+        load_policy(ModelConfig(path=str(model_folder), liger=True), world)
+    with pytest.raises(ValueError, match="fuse the same operations"):
+        ModelConfig(path="x", liger=True, compile=True)
+
+
+def test_liger_replaces_norms_and_mlps_but_no_loss(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which modules change; what they compute is a matter of a GPU."""
+    pytest.importorskip("liger_kernel")
+    rope = modeling_qwen3.apply_rotary_pos_emb
+    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):  # Liger changes the module; put it back
+        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
+    model, cuda = make_model(50), World(0, 1, torch.device("cuda"))
+    forward = model.forward
+    assert fuse(model, ModelConfig(path="x"), cuda)
+    assert model.forward == forward
+    assert modeling_qwen3.apply_rotary_pos_emb is not rope
+    names = {name: module.forward.__func__.__qualname__ for name, module in model.named_modules()}
+    assert names["model.layers.0.self_attn.q_norm"] == names["model.norm"] == "LigerRMSNorm.forward"
+    assert names["model.layers.1.mlp"] == "LigerSwiGLUMLP.forward"
+    monkeypatch.setattr(model.config, "model_type", "nobodys")
+    with pytest.raises(InputError, match=r"does not know the family 'nobodys'"):
+        fuse(model, ModelConfig(path="x", liger=True), cuda)
+    assert not fuse(model, ModelConfig(path="x"), cuda)
+    assert "the model runs without Liger, because it does not know the family 'nobodys'" in caplog.text
