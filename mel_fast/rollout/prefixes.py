@@ -6,7 +6,7 @@ token sequences, and in sorted order each prompt's longest common prefix is with
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -33,7 +33,9 @@ class PrefixSet:
         self._sorted: list[bytes] = []
 
     def add(self, prompt: bytes) -> None:
-        insort(self._sorted, prompt)
+        place = bisect_left(self._sorted, prompt)
+        if self._sorted[place : place + 1] != [prompt]:
+            self._sorted.insert(place, prompt)
 
     def remove(self, prompt: bytes) -> None:
         place = bisect_left(self._sorted, prompt)
