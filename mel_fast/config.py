@@ -45,9 +45,9 @@ class RunConfig(BaseModel):
 
     name: str = Field(default="mel", pattern=r"^[^/]+$", description="part of the run directory's name")
     folder: str = Field(default="runs", description="where run directories are made; each run has one of its own")
-    seed: int = 0
-    steps: int = Field(default=100, ge=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(default=0, description="of the order of prompts and of all sampling")
+    steps: int = Field(default=100, ge=1, description="batches of prompts")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
     mode: Literal["full", "rollout", "train"] = Field(
         default="full", description="rollout: sample and dump, no update; train: update from dumped rollouts, no engine"
     )
@@ -55,7 +55,7 @@ class RunConfig(BaseModel):
         default=None, description="mode=train: the folder of dumped rollouts, e.g. runs/latest/rollouts"
     )
     checkpoint_every: int = Field(default=20, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="the newest ones; older ones are removed")
     collective_timeout_minutes: float = Field(
         default=240, gt=0, description="how long ranks wait for rank 0's rollouts"
     )

@@ -28,13 +28,15 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
+    eps: float = Field(default=1e-8, description="AdamW's")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients with a larger norm are scaled down to it")
+    warmup_steps: int = Field(default=0, ge=0, description="optimizer steps over which the rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how the rate falls until the end of the run"
+    )
     final_lr_ratio: float = Field(
         default=0.0, ge=0, le=1, description="linear, cosine: share of lr left at the end of the run"
     )

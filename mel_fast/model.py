@@ -27,7 +27,10 @@ class ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="compute type; master weights are always float32"
     )
-    attention: Literal["auto", "padded", "varlen", "flash"] = "auto"
+    attention: Literal["auto", "padded", "varlen", "flash"] = Field(
+        default="auto",
+        description="auto: on CUDA in 16 bit flash, if flash-attn is installed, else varlen; padded elsewhere",
+    )
     liger: bool | Literal["auto"] = Field(
         default="auto",
         description="Liger's RMSNorm, RoPE and SwiGLU; auto: on CUDA if installed and model.compile is off",
@@ -49,7 +52,7 @@ class ModelConfig(BaseModel):
     gradient_budget: float = Field(
         default=0.0, ge=0, lt=1, description="share of the logits' gradient that the head may leave out; 0 is exact"
     )
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
 
     @model_validator(mode="after")
     def _one_kind_of_fusion(self) -> ModelConfig:

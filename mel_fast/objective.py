@@ -27,7 +27,9 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    algorithm: Literal["grpo", "gspo", "rloo", "reinforce++", "rft"] = "grpo"
+    algorithm: Literal["grpo", "gspo", "rloo", "reinforce++", "rft"] = Field(
+        default="grpo", description="how advantages are made; rft: likelihood of right responses"
+    )
     normalise_std: bool = Field(default=True, description="grpo: divide by the group's standard deviation")
     group_baseline: bool = Field(
         default=False, description="reinforce++: subtract the group's mean before the global normalisation"
@@ -35,11 +37,13 @@ class ObjectiveConfig(BaseModel):
     aggregation: Literal["sequence", "token", "constant"] = Field(
         default="sequence", description="1/|y| per response, 1/all tokens, or 1/max_new_tokens per response"
     )
-    clip_low: float | None = Field(default=0.2, gt=0)
-    clip_high: float | None = Field(default=0.2, gt=0)
-    dual_clip: float | None = Field(default=None, gt=1)
+    clip_low: float | None = Field(default=0.2, gt=0, description="the importance ratio's clip below 1; null: none")
+    clip_high: float | None = Field(default=0.2, gt=0, description="the importance ratio's clip above 1; null: none")
+    dual_clip: float | None = Field(
+        default=None, gt=1, description="bound of the ratio for negative advantages; null: none"
+    )
     kl_coef: float = Field(default=0.0, ge=0, description="k3 KL to the initial policy; > 0 keeps a frozen copy of it")
-    entropy_coef: float = Field(default=0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
     tis_cap: float | None = Field(default=None, gt=0, description="cap of the truncated importance weight; null: off")
     updates_per_batch: int = Field(
         default=1, ge=1, description="mini-batches a batch of prompts is cut into, one optimizer step each"

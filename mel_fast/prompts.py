@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mel_fast.errors import InputError
 from mel_fast.types import MetaExperience, Prompt
@@ -78,12 +78,17 @@ class PromptConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    chat: bool | None = None
-    system: str = ""
-    solve: str = SOLVE
-    reflect: str = REFLECT
-    replay: str = REPLAY
-    recall: str = RECALL
+    chat: bool | None = Field(
+        default=None,
+        description="null: the tokenizer's chat template where it has one; false: the bare text (for base models)",
+    )
+    system: str = Field(default="", description="system message under a chat template, else text before the prompt")
+    solve: str = Field(default=SOLVE, description="asks for a solution")
+    reflect: str = Field(default=REFLECT, description="asks for a meta-experience")
+    replay: str = Field(default=REPLAY, description="asks for a solution with a meta-experience at hand")
+    recall: str = Field(
+        default=RECALL, description="asks for the rules to keep in mind: the prompt of mel.internalise.heuristic"
+    )
 
     @model_validator(mode="after")
     def _placeholders_once_and_in_order(self) -> PromptConfig:

@@ -26,9 +26,9 @@ class Source(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str
-    split: str | None = None
-    subset: str | None = None
+    path: str = Field(description="a .jsonl, .json or .parquet file, or what `datasets.load_dataset` takes")
+    split: str | None = Field(default=None, description="`datasets`: which split; needed when there are several")
+    subset: str | None = Field(default=None, description="`datasets`: the configuration's name")
     fields: Fields = Fields()
     name: str | None = Field(
         default=None, description="what evaluation calls it; default: the data's own word, or the path's"

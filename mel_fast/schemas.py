@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from mel_fast.errors import InputError
 
@@ -27,10 +27,12 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    question: str | None = None
-    answer: str | None = None
-    id: str | None = None
-    source: str | None = None
+    question: str | None = Field(
+        default=None, description="text or a list of chat messages; dots lead into nested columns"
+    )
+    answer: str | None = Field(default=None, description="the gold answer")
+    id: str | None = Field(default=None, description="without one a hash of the question serves")
+    source: str | None = Field(default=None, description="the family of a problem, as the report calls it")
 
 
 @dataclass(frozen=True, slots=True)

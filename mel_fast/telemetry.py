@@ -7,7 +7,7 @@ runs/20260131-142501-mel/
   evaluations/       every answer given
   checkpoints/       the newest few
   model/             the final policy, as transformers loads it
-  report.md
+  report.html        curves, meta-experiences and rollouts in one file
 runs/latest          a link to the newest
 """
 
@@ -33,9 +33,13 @@ class TelemetryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    wandb_project: str = "mel_fast"
-    dump_rollouts: bool = True
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="need the packages of these names"
+    )
+    wandb_project: str = Field(default="mel_fast", description="writers=[wandb]: the project")
+    dump_rollouts: bool = Field(
+        default=True, description="write rollouts/step_*.jsonl: the report's viewers and run.mode=train live on them"
+    )
     rollout_gap_alarm: float = Field(
         default=0.2, gt=0, description="warn when rollout and trainer log-probs differ by more on average"
     )

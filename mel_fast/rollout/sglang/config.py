@@ -54,7 +54,7 @@ class SGLangConfig(BaseModel):
     )
 
     start_timeout_s: float = Field(default=900.0, gt=0, description="longest start of a server")
-    health_every_s: float = Field(default=10.0, gt=0)
+    health_every_s: float = Field(default=10.0, gt=0, description="time between two looks at a server's health")
     hang_after_s: float = Field(default=120.0, gt=0, description="a server silent for so long is lost")
     load_timeout_s: float = Field(default=600.0, gt=0, description="longest publication of weights to a server")
     max_restarts: int = Field(default=3, ge=0, description="how often each server may be lost in a run")
