@@ -1,0 +1,72 @@
+"""Shared by the tests with real servers: their model, requests for it, and what transformers says of the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import make_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mel_fast.rollout.engine import Engine
+from mel_fast.rollout.sglang.config import SGLangConfig
+from mel_fast.rollout.sglang.engine import SGLangEngine
+from mel_fast.rollout.sglang.process import ServerProcess
+from mel_fast.types import Completion, Request
+
+CONTEXT = 512
+STOP = 7
+Attach = Callable[..., SGLangEngine]
+
+
+def launched(config: SGLangConfig, settings: dict[str, Any], folder: Path, count: int) -> list[ServerProcess]:
+    return [
+        ServerProcess(config, settings["model_path"], "float32", [], folder / f"server-{index}.log", seed=index)
+        for index in range(count)
+    ]
+
+
+def policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """Policies of different seeds are strangers: a stale weight or prefix shows at once."""
+    return make_model(len(tokenizer), seed=seed, context=CONTEXT).eval()
+
+
+def prompts(count: int, length: int = 40, seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(8, 400, (count, length), generator=generator).tolist()
+
+
+def requests(count: int, limit: int = 20, temperature: float = 1.0, length: int = 40, seed: int = 3) -> list[Request]:
+    return [Request(ids, 100 + i, limit, temperature) for i, ids in enumerate(prompts(count, length, seed))]
+
+
+def generate(engine: Engine, *sessions: Sequence[Request]) -> list[list[Completion]]:
+    """Each argument is what one session asks for."""
+
+    async def everything() -> list[list[Completion]]:
+        return await asyncio.gather(*(ask(engine, asked) for asked in sessions))
+
+    return asyncio.run(everything())
+
+
+async def ask(engine: Engine, asked: Sequence[Request]) -> list[Completion]:
+    async with engine.session("x") as session:
+        return await session.generate(asked)
+
+
+@torch.no_grad()
+def logprobs(model: PreTrainedModel, request: Request, completion: Completion) -> Tensor:
+    """Of the completion's tokens, as transformers computes them at the request's temperature. [L] float32."""
+    ids = torch.tensor(request.prompt_ids + completion.output_ids)
+    logits = model(input_ids=ids[None]).logits[0, len(request.prompt_ids) - 1 : -1] / (request.temperature or 1.0)
+    return torch.log_softmax(logits, -1).gather(1, ids[len(request.prompt_ids) :, None]).squeeze(1)
+
+
+def assert_sampled_by(model: PreTrainedModel, asked: Sequence[Request], done: Sequence[Completion]) -> None:
+    for request, completion in zip(asked, done, strict=True):
+        expected = logprobs(model, request, completion)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=1e-4)
