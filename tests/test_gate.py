@@ -322,6 +322,32 @@ def test_what_is_larger_than_the_window_lets_nobody_in_beside_it() -> None:
     asyncio.run(run())
 
 
+def test_a_visit_cancelled_in_the_moment_of_its_turn_leaves_its_place_to_the_next() -> None:
+    async def run() -> None:
+        window, leave, inside = Window(10), asyncio.Event(), []
+
+        async def first() -> None:
+            async with window.hold(10):
+                await leave.wait()
+            second.cancel()  # its turn has come, it has not run yet
+
+        async def visit(name: str) -> None:
+            async with window.hold(10):
+                inside.append(name)
+
+        one = asyncio.create_task(first())
+        await settle()
+        second, third = asyncio.create_task(visit("second")), asyncio.create_task(visit("third"))
+        await settle()
+        leave.set()
+        async with asyncio.timeout(5):
+            await asyncio.gather(one, third)
+        assert second.cancelled()
+        assert inside == ["third"]
+
+    asyncio.run(run())
+
+
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3), st.booleans()), max_size=12))
 def test_whoever_is_cancelled_when_the_window_is_whole_afterwards(visits: list[tuple[int, int, bool]]) -> None:
     """Visits of (tokens, turns of the loop inside, whether it is cancelled two turns after it came)."""
