@@ -60,7 +60,7 @@ def _episode(row: dict[str, Any]) -> Episode:
         )
         for x in row["experiences"]
     ]
-    return Episode(row["step"], prompt, [_trajectory(t) for t in row["trajectories"]], experiences)
+    return Episode(row["step"], prompt, [_trajectory(t) for t in row["trajectories"]], experiences, row["dropped"])
 
 
 def _trajectory(row: dict[str, Any]) -> Trajectory:

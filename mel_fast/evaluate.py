@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mel_fast.data import Source
-from mel_fast.errors import InputError
+from mel_fast.errors import EngineError, InputError
 from mel_fast.experience import seed_of
 from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
@@ -132,9 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_evaluation(config) as (engine, renderer, verifier, sets):
             limit, seed, dump = config.rollout.max_new_tokens, config.run.seed, Path("evaluation.jsonl")
             scores = evaluate(sets, engine, renderer, verifier, config.eval, limit, seed, dump)
-    except InputError as error:
+    except (InputError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     k = config.eval.samples
     rows = [[name, f"{s.pass_at_1:.3f}", f"{s.avg_at_k:.3f}", f"{s.pass_at_k:.3f}"] for name, s in scores.items()]
     Display(1, 0).table(config.model.path, ["data set", "Pass@1", f"Avg@{k}", f"Pass@{k}"], rows)

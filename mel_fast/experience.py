@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,16 +64,10 @@ class Collector:
     ) -> None:
         self.engine, self.renderer, self.verifier = engine, renderer, verifier
         self.rollout, self.mel, self.seed = rollout, mel, seed
-        self.dropped: Counter[str] = Counter()  # what did not become an experience, and why; reset by each collect
 
-    def collect(self, prompts: Sequence[Prompt], step: int) -> list[Episode]:
+    async def collect(self, prompts: Sequence[Prompt], step: int) -> list[Episode]:
         """One episode per prompt, in order."""
-        self.dropped.clear()
-
-        async def everything() -> list[Episode]:
-            return await asyncio.gather(*(self._episode(prompt, step) for prompt in prompts))
-
-        return asyncio.run(everything())
+        return await asyncio.gather(*(self._episode(prompt, step) for prompt in prompts))
 
     async def _episode(self, prompt: Prompt, step: int) -> Episode:
         async with self.engine.session(prompt.id) as session:
@@ -101,7 +94,7 @@ class Collector:
             outputs = episode.trajectories[w].output_ids, episode.trajectories[r].output_ids
             context = self.renderer.reflect(episode.prompt, *outputs)
             if len(context) + self.rollout.max_new_tokens > self.engine.context_length:
-                self.dropped["reflection_beyond_context"] += 1
+                _count(episode, "reflection_beyond_context")
                 continue
             temperature = self.mel.reflection_temperature
             pairs.append((w, r))
@@ -121,7 +114,7 @@ class Collector:
         for experience in (x for x in episode.experiences if x.meta is not None):
             ids = self.renderer.replay(episode.prompt, experience.reflection.output_ids)
             if len(ids) + self.rollout.max_new_tokens > self.engine.context_length:
-                self.dropped["replay_beyond_context"] += 1
+                _count(episode, "replay_beyond_context")
                 continue
             temperature = self.mel.replay_temperature
             replayed.append(experience)
@@ -144,6 +137,7 @@ class Collector:
                 completion.versions,
                 self.renderer.decode(completion.output_ids),
                 cached_tokens=completion.cached_tokens,
+                cache=completion.cache,
             )
             for request, completion in zip(requests, completions, strict=True)
         ]
@@ -163,6 +157,10 @@ class Collector:
             self.rollout.max_new_tokens,
             self.rollout.temperature if temperature is None else temperature,
         )
+
+
+def _count(episode: Episode, dropped: str) -> None:
+    episode.dropped[dropped] = episode.dropped.get(dropped, 0) + 1
 
 
 def seed_of(*parts: object) -> int:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from mel_fast.packing import KINDS, loss_rows
+from mel_fast.rollout.prefixes import as_bytes, shareable_tokens
 from mel_fast.types import Episode, Sample
 
 
-def rollout_metrics(episodes: Sequence[Episode], dropped: Mapping[str, int]) -> dict[str, float]:
-    """What was sampled, and what became of it.
-
-    Args:
-        episodes: of one step.
-        dropped: contrasts that could not be reflected on or replayed, by reason.
-    """
+def rollout_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What was sampled in one step, and what became of it."""
     responses = [t for e in episodes for t in e.trajectories]
     lengths = [len(t.output_ids) for t in responses]
     mixed = [e for e in episodes if len({t.correct for t in e.trajectories}) == 2]
@@ -42,12 +38,64 @@ def rollout_metrics(episodes: Sequence[Episode], dropped: Mapping[str, int]) -> 
     }
     for reason, count in Counter(x.malformed for x in experiences if x.malformed).items():
         metrics[f"mel/malformed/{_key(reason)}"] = float(count)
-    for reason, count in dropped.items():
-        metrics[f"mel/dropped/{_key(reason)}"] = float(count)
+    for episode in episodes:
+        for reason, count in episode.dropped.items():
+            metrics[f"mel/dropped/{reason}"] = metrics.get(f"mel/dropped/{reason}", 0.0) + count
     replays = [x.replay for x in experiences if x.replay is not None]
     for reason, count in Counter(t.reason for t in [*responses, *replays] if t.reason).items():
         metrics[f"verify/{_key(reason)}"] = float(count)
+    return metrics | cache_metrics(episodes)
+
+
+def cache_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What the engine's prefix cache saved, beside the most that the step's own requests could have shared: the
+    optimum. Empty when the engine has no such cache.
+
+    The optimum is that of an endless cache that meets the requests one after another. Requests can share what was
+    computed by the same cache (one server between two restarts) under the same weights (publishing empties it). A
+    prefix that phases have in common counts for the later one, so that the phases add up to the whole.
+    """
+    experiences = [x for e in episodes for x in e.experiences]
+    phases = {
+        "solve": [t for e in episodes for t in e.trajectories],
+        "reflect": [x.reflection for x in experiences],
+        "replay": [x.replay for x in experiences if x.replay is not None],
+    }
+    if all(t.cached_tokens is None for trajectories in phases.values() for t in trajectories):
+        return {}
+    metrics: dict[str, float] = {}
+    met: defaultdict[tuple[str, int], list[bytes]] = defaultdict(list)
+    saved = best = 0
+    for phase, trajectories in phases.items():
+        for t in trajectories:
+            met[t.cache, t.versions[0][0]].append(as_bytes(t.prompt_ids))
+        prompt = sum(len(t.prompt_ids) for t in trajectories)
+        cached = sum(t.cached_tokens or 0 for t in trajectories)
+        before, best = best, sum(map(shareable_tokens, met.values()))
+        saved += cached
+        metrics[f"cache/{phase}/prompt_tokens"] = float(prompt)
+        metrics[f"cache/{phase}/cached_tokens"] = float(cached)
+        metrics[f"cache/{phase}/optimum_tokens"] = float(best - before)
+        if prompt:
+            metrics[f"cache/{phase}/cached_share"] = cached / prompt
+            metrics[f"cache/{phase}/optimum_share"] = (best - before) / prompt
+    if best:
+        metrics["cache/reached_share"] = saved / best
     return metrics
+
+
+def staleness_metrics(episodes: Sequence[Episode], version: int) -> dict[str, float]:
+    """How many updates old the weights were that sampled what is trained on now: 0 for every token on-policy.
+
+    Args:
+        version: of the policy before the update.
+    """
+    spans = [(version - sampled, tokens) for e in episodes for t in e.trajectories for sampled, tokens in t.versions]
+    tokens = sum(count for _, count in spans)
+    return {
+        "rollout/staleness_mean": sum(age * count for age, count in spans) / tokens if tokens else 0.0,
+        "rollout/staleness_max": float(max((age for age, _ in spans), default=0)),
+    }
 
 
 def loss_metrics(sums: Mapping[str, float]) -> dict[str, float]:

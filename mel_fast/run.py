@@ -13,13 +13,12 @@ from mel_fast import weights
 from mel_fast.checkpoint import export_model, save_checkpoint
 from mel_fast.config import Config
 from mel_fast.console import Display
-from mel_fast.data import Cursor
 from mel_fast.distributed import World
 from mel_fast.dumps import dump_episodes, load_episodes
 from mel_fast.evaluate import evaluate
-from mel_fast.experience import Collector
+from mel_fast.feed import Feed
 from mel_fast.learner import Learner
-from mel_fast.metrics import rollout_metrics
+from mel_fast.metrics import rollout_metrics, staleness_metrics
 from mel_fast.objective import Batch, build_batch
 from mel_fast.prompts import Renderer
 from mel_fast.report import summarise, write_report
@@ -37,8 +36,7 @@ class Sampling:
 
     engine: Engine
     verifier: Verifier
-    collector: Collector
-    cursor: Cursor
+    feed: Feed
     evaluation: dict[str, list[Prompt]]  # by the name of the data set
 
 
@@ -80,8 +78,7 @@ class Run:
             sampling, step = self.desk.sampling, self.steps_done
             if sampling is None:
                 return load_episodes(Path(self.config.run.rollouts or "") / _dump_name(step))
-            prompts = sampling.cursor.next(self.config.rollout.prompts_per_step)
-            episodes = sampling.collector.collect(prompts, step)
+            episodes = sampling.feed.take(step)
             if self.config.telemetry.dump_rollouts or self.config.run.mode == "rollout":
                 dump_episodes(self.desk.directory.file("rollouts", _dump_name(step)), episodes)
             return episodes
@@ -107,6 +104,8 @@ class Run:
         if self.config.run.mode == "rollout":
             return {}
         with self.phases("update"):
+            if self.desk and self.desk.sampling:
+                self.desk.sampling.engine.release()
             return self.learner.update(batch.updates if batch else None, self.config.objective.loss)
 
     def observe(self, episodes: Sequence[Episode], batch: Batch | None, learned: dict[str, float]) -> None:
@@ -115,18 +114,20 @@ class Run:
         if self.desk is None or batch is None:
             return
         sampling, config = self.desk.sampling, self.config
-        dropped = sampling.collector.dropped if sampling else {}
         times = self.phases.take()
         seconds = sum(times.values())
         sampled = sum(len(t.output_ids) for e in episodes for t in _all_trajectories(e))
-        metrics = rollout_metrics(episodes, dropped) | batch.metrics | learned | times
+        metrics = rollout_metrics(episodes) | batch.metrics | learned | times
         metrics |= {
             "time/step": seconds,
             "perf/sampled_tokens": float(sampled),
             "perf/sampled_tokens_per_s": sampled / seconds,
         }
         if sampling is not None:
-            metrics["data/epoch"] = float(sampling.cursor.epoch)
+            metrics["data/epoch"] = float(sampling.feed.epoch)
+            metrics |= sampling.engine.take_metrics()
+            if config.run.mode == "full":
+                metrics |= staleness_metrics(episodes, self.steps_done - 1)
         self.desk.metrics.write(self.steps_done, metrics)
         self.desk.display.row(self.steps_done, metrics)
         if (gap := metrics.get("policy/rollout_gap", 0.0)) > config.telemetry.rollout_gap_alarm:
@@ -164,7 +165,7 @@ class Run:
             folder = self._folder()
             state: dict[str, object] = {}
             if self.desk and self.desk.sampling:
-                state["cursor"] = self.desk.sampling.cursor.state()
+                state["cursor"] = self.desk.sampling.feed.state()
             with self.phases("checkpoint"):
                 save_checkpoint(
                     folder / "checkpoints", done, self.learner, state, settings.keep_checkpoints, self.world

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mel_fast.checkpoint import checkpoints, load_checkpoint
@@ -18,12 +18,13 @@ from mel_fast.data import Cursor, Source, load_prompts
 from mel_fast.distributed import World, join_world
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
+from mel_fast.feed import Feed
 from mel_fast.learner import Learner
-from mel_fast.model import ModelConfig, load_model
+from mel_fast.model import ModelConfig, empty_model
 from mel_fast.policy import load_policy
 from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
-from mel_fast.rollout.local import LocalEngine
+from mel_fast.rollout.launch import check_engine, open_engine
 from mel_fast.run import Desk, Run, Sampling
 from mel_fast.telemetry import Metrics, RunDirectory
 from mel_fast.tiny.prepare import prepare
@@ -43,6 +44,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
 
     Raises:
         InputError: data, model or checkpoint that cannot be used.
+        EngineError: rollout servers that do not start.
     """
     with ExitStack() as stack:
         world = stack.enter_context(join_world(config.run.device, config.run.collective_timeout_minutes))
@@ -52,8 +54,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         torch.manual_seed(config.run.seed)
         tokenizer = load_tokenizer(config.model)
         renderer = Renderer(tokenizer, config.prompts)
-        # Sampling comes first: it finds what is wrong with the data before the large model is loaded.
-        sampling = open_sampling(config, renderer, world, stack) if world.main and config.run.mode != "train" else None
+        samples = world.main and config.run.mode != "train"
+        # Data come first: what is wrong with them is found before the large model is loaded.
+        data = open_data(config, renderer) if samples else None
         policy = load_policy(config.model, world)
         reference = load_policy(config.model, world).requires_grad_(False) if config.objective.kl_coef > 0 else None
         updates = config.run.steps * config.objective.updates_per_batch * config.optim.epochs
@@ -67,29 +70,48 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         if resume is not None and found:
             state = load_checkpoint(found[-1], learner)
             steps_done = int(state["step"])
-            if sampling is not None:
-                sampling.cursor.restore(state["cursor"])
+            if data is not None:
+                data.cursor.restore(state["cursor"])
         desk = None
         if directory is not None:
             metrics = Metrics(directory, config.telemetry, config.model_dump(mode="json"), steps_done)
             stack.callback(metrics.close)
             display = stack.enter_context(Display(config.run.steps, steps_done))
-            desk = Desk(directory, metrics, display, renderer, sampling)
             display.say(
                 f"run directory {directory.path}" + (f", going on after step {steps_done}" if steps_done else "")
             )
+            sampling = open_sampling(config, renderer, data, directory, world, stack) if data else None
+            desk = Desk(directory, metrics, display, renderer, sampling)
         yield Run(config, world, tokenizer, learner, desk, steps_done)
 
 
-def open_sampling(config: Config, renderer: Renderer, world: World, stack: ExitStack) -> Sampling:
-    """Engine, data and verifier."""
-    engine = open_engine(config, renderer, world)
-    sources = config.data.train
-    train = [prompt for source in sources for prompt in fitting_prompts(source, config, renderer, engine)]
-    evaluation = load_evaluation(config, renderer, engine)
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Prompts that fit into the engine's context, and where the run stands in them."""
+
+    cursor: Cursor
+    evaluation: dict[str, list[Prompt]]
+
+
+def open_data(config: Config, renderer: Renderer) -> Data:
+    """Raises InputError for data, or an engine, that cannot be used; nothing large is loaded before that is known."""
+    check_engine(config.rollout)
+    context = context_length(config)
+    train = [p for source in config.data.train for p in fitting_prompts(source, config, renderer, context)]
+    return Data(Cursor(train, config.run.seed), load_evaluation(config, renderer, context))
+
+
+def open_sampling(
+    config: Config, renderer: Renderer, data: Data, directory: RunDirectory, world: World, stack: ExitStack
+) -> Sampling:
+    """Engine, verifier and the feed of episodes."""
+    rollout, run, folder = config.rollout, config.run, directory.path / "servers"
+    engine = stack.enter_context(open_engine(rollout, config.model, renderer.stop_ids, folder, run.seed, world))
     verifier = stack.enter_context(Verifier(config.verify))
-    collector = Collector(engine, renderer, verifier, config.rollout, config.mel, config.run.seed)
-    return Sampling(engine, verifier, collector, Cursor(train, config.run.seed), evaluation)
+    collector = Collector(engine, renderer, verifier, rollout, config.mel, run.seed)
+    ahead = rollout.mode == "async"
+    feed = Feed(collector, data.cursor, rollout.prompts_per_step, ahead=ahead, steps=run.steps)
+    return Sampling(engine, verifier, stack.enter_context(feed), data.evaluation)
 
 
 @contextmanager
@@ -98,6 +120,7 @@ def open_evaluation(config: Config) -> Iterator[tuple[Engine, Renderer, Verifier
 
     Raises:
         InputError: as `open_run`; also when there is no data set to evaluate on.
+        EngineError: as `open_run`.
     """
     with join_world(config.run.device, config.run.collective_timeout_minutes) as world:
         if config.tiny is not None:
@@ -105,40 +128,40 @@ def open_evaluation(config: Config) -> Iterator[tuple[Engine, Renderer, Verifier
         if not config.eval.sets:
             raise InputError("eval.sets is empty, so there is nothing to evaluate on; name data sets there")
         renderer = Renderer(load_tokenizer(config.model), config.prompts)
-        engine = open_engine(config, renderer, world)
-        with Verifier(config.verify) as verifier:
-            yield engine, renderer, verifier, load_evaluation(config, renderer, engine)
+        check_engine(config.rollout)
+        sets = load_evaluation(config, renderer, context_length(config))
+        folder = Path(config.run.folder) / "evaluation-servers"
+        engine = open_engine(config.rollout, config.model, renderer.stop_ids, folder, config.run.seed, world)
+        with engine as opened, Verifier(config.verify) as verifier:
+            yield opened, renderer, verifier, sets
 
 
-def open_engine(config: Config, renderer: Renderer, world: World) -> Engine:
-    """The engine, with the weights of `model.path`."""
-    rollout = config.rollout
-    model = load_model(config.model, getattr(torch, rollout.dtype))
-    nn.Module.to(model, world.device)
-    engine = LocalEngine(model, renderer.stop_ids, rollout.max_batch)
-    if rollout.max_new_tokens >= engine.context_length:
+def context_length(config: Config) -> int:
+    """Of the model: prompt and response together, in tokens."""
+    context = int(empty_model(config.model).config.max_position_embeddings)
+    if config.rollout.max_new_tokens >= context:
         raise InputError(
-            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in the model's context of "
-            f"{engine.context_length} tokens; lower it"
+            f"rollout.max_new_tokens={config.rollout.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {context} tokens; lower it"
         )
-    return engine
+    return context
 
 
-def load_evaluation(config: Config, renderer: Renderer, engine: Engine) -> dict[str, list[Prompt]]:
+def load_evaluation(config: Config, renderer: Renderer, context: int) -> dict[str, list[Prompt]]:
     """The evaluation problems, by the name of their data set."""
     sets = config.eval.sets
-    return {s.name or Path(s.path).stem: fitting_prompts(s, config, renderer, engine) for s in sets}
+    return {s.name or Path(s.path).stem: fitting_prompts(s, config, renderer, context) for s in sets}
 
 
-def fitting_prompts(source: Source, config: Config, renderer: Renderer, engine: Engine) -> list[Prompt]:
-    """The prompts of a data set that fit into `rollout.max_prompt_tokens` and the model's context.
+def fitting_prompts(source: Source, config: Config, renderer: Renderer, context: int) -> list[Prompt]:
+    """The prompts of a data set that fit into `rollout.max_prompt_tokens` and the model's context of so many tokens.
 
     Raises:
         InputError: one is longer and `rollout.long_prompts` is "error", or none is left.
     """
     rollout = config.rollout
     longest = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    limit = min(engine.context_length - longest, rollout.max_prompt_tokens)
+    limit = min(context - longest, rollout.max_prompt_tokens)
     prompts, fit = load_prompts(source), []
     for prompt in prompts:
         tokens = len(renderer.solve(prompt))

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mel_fast.config import parse_arguments
 from mel_fast.distributed import leave
-from mel_fast.errors import InputError
+from mel_fast.errors import EngineError, InputError
 from mel_fast.plan import plan
 from mel_fast.run import Run
 from mel_fast.setup import open_run
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with open_run(config, options.resume) as run:
             train(run)
-    except InputError as error:
+    except (InputError, EngineError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1  # what is wrong with the input, no restart will mend
     return 0
 
 

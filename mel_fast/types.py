@@ -47,6 +47,7 @@ class Completion:
     finish_reason: FinishReason
     versions: list[VersionSpan]
     cached_tokens: int | None = None  # prompt tokens that a prefix cache had already; None: the engine has none
+    cache: str = ""  # names that cache: requests of one cache and one version of the weights can share prefixes
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Trajectory:
     correct: bool = False
     reason: str = ""  # why the reward is what it is, when that is not plain: "no answer", "timeout", ...
     cached_tokens: int | None = None  # see `Completion`
+    cache: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Episode:
     prompt: Prompt
     trajectories: list[Trajectory]
     experiences: list[Experience] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)  # contrasts not reflected on or replayed, by reason
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ import logging
 import math
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -71,6 +72,7 @@ class Verifier:
         if self.config.function is not None:
             load_function(self.config.function)  # a wrong import path is told now, not after the first rollout
         self._pool: ProcessPool | None = None
+        self._starting = threading.Lock()  # an evaluation and the next step's rollouts may score at once
         self._progress = 0.0  # when any answer last came back
         # A busy pool returns something every `timeout_s`; the rest is room for a slow start.
         self._stall_s = 2 * self.config.timeout_s + 60.0
@@ -106,7 +108,8 @@ class Verifier:
 
     async def _in_pool(self, function: Callable[..., Outcome], *args: object) -> Outcome:
         for _ in range(2):
-            pool = self._pool = self._pool or _start(self.config)
+            with self._starting:
+                pool = self._pool = self._pool or _start(self.config)
             try:
                 return await self._wait(pool, _schedule(pool, function, args, self.config.timeout_s))
             except TimeoutError:

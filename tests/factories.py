@@ -82,6 +82,12 @@ class ScriptedEngine:
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         raise AssertionError("nothing is published here")
 
+    def release(self) -> None:
+        pass
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
+
     def prompts(self) -> list[str]:
         return [self.renderer.decode(request.prompt_ids) for request in self.asked]
 

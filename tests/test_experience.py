@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -58,20 +59,20 @@ def collect(
     seed: int = 0,
     group_size: int = 4,
     **mel: Any,
-) -> tuple[list[Episode], ScriptedEngine, Collector]:
+) -> tuple[list[Episode], ScriptedEngine]:
     engine = ScriptedEngine(renderer, answer, context_length)
     rollout = RolloutConfig.model_validate(
         {"group_size": group_size, "max_new_tokens": max_new_tokens, "temperature": 0.9}
     )
     collector = Collector(engine, renderer, word_verifier(), rollout, MelConfig(**as_any(mel)), seed)
-    return collector.collect(prompts or [make_prompt()], step), engine, collector
+    return asyncio.run(collector.collect(prompts or [make_prompt()], step)), engine
 
 
 # --- what happens, in which order -------------------------------------------------------------------------------------
 
 
 def test_a_mixed_group_is_contrasted_reflected_on_and_replayed(renderer: Renderer) -> None:
-    (episode,), engine, _ = collect(renderer, script("wr"), pairs_per_prompt=1)
+    (episode,), engine = collect(renderer, script("wr"), pairs_per_prompt=1)
     assert engine.prompts() == [
         *["SOLVE What is it?"] * 4,
         "REFLECT What is it? ONE this is bad  TWO this is right",
@@ -91,7 +92,7 @@ def test_a_mixed_group_is_contrasted_reflected_on_and_replayed(renderer: Rendere
 
 
 def test_trajectories_hold_what_was_asked_and_answered(renderer: Renderer) -> None:
-    (episode,), engine, _ = collect(renderer, script("w"))
+    (episode,), engine = collect(renderer, script("w"))
     for request, found in zip(engine.asked, episode.trajectories, strict=True):
         assert found.prompt_ids == request.prompt_ids
         assert len(found.logprobs) == len(found.output_ids)
@@ -100,27 +101,27 @@ def test_trajectories_hold_what_was_asked_and_answered(renderer: Renderer) -> No
 
 def test_one_episode_per_prompt_in_order_each_in_a_session_of_its_own(renderer: Renderer) -> None:
     prompts = [make_prompt(f"p{i}", f"Question {i}?") for i in range(5)]
-    episodes, engine, _ = collect(renderer, script("wr"), prompts)
+    episodes, engine = collect(renderer, script("wr"), prompts)
     assert [e.prompt for e in episodes] == prompts
     assert sorted(engine.keys) == [p.id for p in prompts]
 
 
 @pytest.mark.parametrize("group", ["w", "r"])
 def test_a_group_that_is_all_wrong_or_all_right_has_no_contrast(renderer: Renderer, group: str) -> None:
-    (episode,), engine, _ = collect(renderer, script(group))
+    (episode,), engine = collect(renderer, script(group))
     assert episode.experiences == []
     assert len(engine.asked) == 4
 
 
 def test_without_meta_experience_only_rollouts_are_sampled(renderer: Renderer) -> None:
-    (episode,), engine, _ = collect(renderer, script("wr"), enabled=False)
+    (episode,), engine = collect(renderer, script("wr"), enabled=False)
     assert episode.experiences == []
     assert len(engine.asked) == 4
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(1, 1), (2, 2), (3, 3), (4, 4), (9, 4)])
 def test_no_more_pairs_than_the_setting_and_than_there_are(renderer: Renderer, wanted: int, found: int) -> None:
-    (episode,), _, _ = collect(renderer, script("wr"), pairs_per_prompt=wanted)  # 2 wrong, 2 right
+    (episode,), _ = collect(renderer, script("wr"), pairs_per_prompt=wanted)  # 2 wrong, 2 right
     pairs = [(x.wrong, x.right) for x in episode.experiences]
     assert len(set(pairs)) == len(pairs) == found
     assert all(not episode.trajectories[w].correct and episode.trajectories[r].correct for w, r in pairs)
@@ -130,26 +131,26 @@ def test_no_more_pairs_than_the_setting_and_than_there_are(renderer: Renderer, w
 
 
 def test_a_malformed_reflection_is_counted_and_not_replayed(renderer: Renderer) -> None:
-    (episode,), engine, _ = collect(renderer, script("wr", ("Critique: hm",)), pairs_per_prompt=1)
+    (episode,), engine = collect(renderer, script("wr", ("Critique: hm",)), pairs_per_prompt=1)
     (found,) = episode.experiences
     assert (found.meta, found.malformed, found.replay, found.kept) == (None, "no bifurcation", None, False)
     assert not any(p.startswith("REPLAY") for p in engine.prompts())
 
 
 def test_a_reflection_that_leaks_the_answer_is_malformed(renderer: Renderer) -> None:
-    (episode,), _, _ = collect(renderer, script("wr", (MEMO + " Get 73.",)), pairs_per_prompt=1)
+    (episode,), _ = collect(renderer, script("wr", (MEMO + " Get 73.",)), pairs_per_prompt=1)
     assert [x.malformed for x in episode.experiences] == ["leaks answer"]
 
 
 def test_a_reflection_cut_off_at_its_limit_is_malformed_even_if_all_sections_are_there(renderer: Renderer) -> None:
-    (episode,), engine, _ = collect(renderer, script("wr", (MEMO + "...",)), pairs_per_prompt=1)
+    (episode,), engine = collect(renderer, script("wr", (MEMO + "...",)), pairs_per_prompt=1)
     (found,) = episode.experiences
     assert (found.meta, found.malformed, found.kept) == (None, "truncated", False)
     assert len(engine.asked) == 5
 
 
 def test_an_experience_whose_replay_fails_is_not_kept(renderer: Renderer) -> None:
-    (episode,), _, _ = collect(renderer, script("wr", replays=("bad",)), pairs_per_prompt=1)
+    (episode,), _ = collect(renderer, script("wr", replays=("bad",)), pairs_per_prompt=1)
     (found,) = episode.experiences
     assert found.replay is not None
     assert (found.replay.correct, found.kept) == (False, False)
@@ -167,17 +168,17 @@ def test_verdicts_meet_their_own_experiences(renderer: Renderer) -> None:
             return "nonsense" if word == "one" else MEMO.replace("rushed", f"rushed {word}")
         return "bad" if word == "two" else "right"
 
-    (episode,), _, _ = collect(renderer, answer, pairs_per_prompt=3)
+    (episode,), _ = collect(renderer, answer, pairs_per_prompt=3)
     verdicts = {episode.trajectories[x.wrong].text: (x.malformed, x.kept) for x in episode.experiences}
     assert verdicts == {"bad one": ("no bifurcation", False), "bad two": ("", False), "bad three": ("", True)}
 
 
 def test_without_validation_a_failed_replay_does_not_matter(renderer: Renderer) -> None:
     answer = script("wr", replays=("bad",))
-    (episode,), _, _ = collect(renderer, answer, pairs_per_prompt=1, validate_by_replay=False)
+    (episode,), _ = collect(renderer, answer, pairs_per_prompt=1, validate_by_replay=False)
     (found,) = episode.experiences
     assert found.kept
-    (episode,), _, _ = collect(renderer, script("wr", ("nonsense",)), pairs_per_prompt=1, validate_by_replay=False)
+    (episode,), _ = collect(renderer, script("wr", ("nonsense",)), pairs_per_prompt=1, validate_by_replay=False)
     assert not episode.experiences[0].kept
 
 
@@ -186,37 +187,33 @@ def test_without_validation_a_failed_replay_does_not_matter(renderer: Renderer) 
 
 def test_a_contrast_beyond_the_context_is_dropped_and_counted(renderer: Renderer) -> None:
     answer = script("wr", long=300)
-    (episode,), engine, collector = collect(renderer, answer, context_length=200)
+    (episode,), engine = collect(renderer, answer, context_length=200)
     assert episode.experiences == []
-    assert collector.dropped == {"reflection_beyond_context": 2}
+    assert episode.dropped == {"reflection_beyond_context": 2}
     assert len(engine.asked) == 4
-    collector.collect([make_prompt()], 4)
-    assert collector.dropped == {"reflection_beyond_context": 2}  # of the last step, not of all
 
 
 def test_a_replay_beyond_the_context_is_dropped_and_counted(renderer: Renderer) -> None:
     answer = script("wr", (MEMO + "x" * 400,))
-    (episode,), _, collector = collect(renderer, answer, context_length=300, pairs_per_prompt=1)
+    (episode,), _ = collect(renderer, answer, context_length=300, pairs_per_prompt=1)
     (found,) = episode.experiences
     assert (found.replay, found.kept) == (None, False)
-    assert collector.dropped == {"replay_beyond_context": 1}
+    assert episode.dropped == {"replay_beyond_context": 1}
 
 
 def test_no_request_exceeds_the_context(renderer: Renderer) -> None:
     lengths = [len(r.prompt_ids) for r in collect(renderer, script("wr"))[1].asked]
     limit = max(lengths) + 50  # prompt and response fit exactly
-    _, engine, collector = collect(renderer, script("wr"), context_length=limit)
+    (episode,), engine = collect(renderer, script("wr"), context_length=limit)
     assert [len(r.prompt_ids) for r in engine.asked] == lengths
-    assert not collector.dropped
-    _, engine, collector = collect(renderer, script("wr"), context_length=limit - 1)
+    assert not episode.dropped
+    (episode,), engine = collect(renderer, script("wr"), context_length=limit - 1)
     assert all(len(r.prompt_ids) + r.max_new_tokens <= limit - 1 for r in engine.asked)
-    assert collector.dropped
+    assert episode.dropped
 
 
 def test_each_purpose_has_its_temperature_and_the_limit(renderer: Renderer) -> None:
-    _, engine, _ = collect(
-        renderer, script("wr"), pairs_per_prompt=1, reflection_temperature=0.5, replay_temperature=0.3
-    )
+    _, engine = collect(renderer, script("wr"), pairs_per_prompt=1, reflection_temperature=0.5, replay_temperature=0.3)
     assert [r.temperature for r in engine.asked] == [0.9] * 4 + [0.5, 0.3]
     assert {r.max_new_tokens for r in engine.asked} == {50}
 

@@ -16,7 +16,7 @@ from mel_fast.console import COLUMNS, Display
 from mel_fast.distributed import World
 from mel_fast.evaluate import Score
 from mel_fast.learner import Learner, OptimConfig
-from mel_fast.metrics import loss_metrics, rollout_metrics, saved_metrics
+from mel_fast.metrics import loss_metrics, rollout_metrics, saved_metrics, staleness_metrics
 from mel_fast.model import ModelConfig
 from mel_fast.objective import Internalise, ObjectiveConfig, build_batch
 from mel_fast.packing import KINDS
@@ -28,7 +28,7 @@ def test_rollouts_are_counted() -> None:
     mixed = episode([1, 0, 0, 0], [3, 5, 2, 10])
     mixed.trajectories[3].finish_reason = "length"
     mixed.trajectories[1].reason = "no answer"
-    metrics = rollout_metrics([mixed, episode([1, 1]), episode([0, 0]), episode([0.5, 0])], {})
+    metrics = rollout_metrics([mixed, episode([1, 1]), episode([0, 0]), episode([0.5, 0])])
     expected = {
         "reward/mean": 3.5 / 10,
         "reward/correct": 3 / 10,
@@ -56,7 +56,9 @@ def test_experiences_are_counted() -> None:
         Experience(0, 1, trajectory(length=2), None, reason) for reason in ("no critique", "no critique", "truncated")
     ]
     found = [experience(memo=3), failed, unplayed, *bad]
-    metrics = rollout_metrics([episode([1, 0], experiences=found)], {"replay_beyond_context": 1})
+    made, other = episode([1, 0], experiences=found), episode([1, 1])
+    made.dropped, other.dropped = {"replay_beyond_context": 1}, {"replay_beyond_context": 2}
+    metrics = rollout_metrics([made, other])
     expected = {
         "mel/pairs": 6,
         "mel/malformed": 3,
@@ -66,14 +68,23 @@ def test_experiences_are_counted() -> None:
         "mel/kept": 1,
         "mel/retention": 1 / 6,
         "mel/reflection_length_mean": (3 + 5 + 6 + 2 + 2 + 2) / 6,
-        "mel/dropped/replay_beyond_context": 1,
+        "mel/dropped/replay_beyond_context": 3,
         "verify/timeout": 1,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
+def test_staleness_is_counted_in_updates_over_tokens() -> None:
+    fresh, mixed = trajectory(length=4), trajectory(length=4)
+    fresh.versions, mixed.versions = [(7, 4)], [(6, 3), (7, 1)]
+    made = episode([1, 0])
+    made.trajectories[:] = [fresh, mixed]
+    assert staleness_metrics([made], 7) == {"rollout/staleness_mean": 3 / 8, "rollout/staleness_max": 1.0}
+    assert staleness_metrics([], 7) == {"rollout/staleness_mean": 0.0, "rollout/staleness_max": 0.0}
+
+
 def test_a_step_without_episodes_has_finite_metrics() -> None:
-    assert all(math.isfinite(value) for value in rollout_metrics([], {}).values())
+    assert all(math.isfinite(value) for value in rollout_metrics([]).values())
 
 
 def sums(policy_rows: float = 4.0) -> dict[str, float]:
@@ -167,7 +178,7 @@ def display(width: int = 300) -> tuple[Display, io.StringIO]:
 
 def test_every_column_of_the_console_is_a_metric_that_steps_report() -> None:
     episodes = [episode([1, 0], experiences=[experience()])]
-    reported = rollout_metrics(episodes, {}) | loss_metrics(sums() | {"kind/retrospective/rows": 1.0})
+    reported = rollout_metrics(episodes) | loss_metrics(sums() | {"kind/retrospective/rows": 1.0})
     around = {"optim/grad_norm", "perf/sampled_tokens_per_s", "time/step"}  # those of the learner and of the run
     assert {metric for _, metric, _ in COLUMNS} <= set(reported) | around
 

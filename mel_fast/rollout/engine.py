@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from mel_fast.rollout.sglang.config import SGLangConfig
 from mel_fast.types import Completion, Request
 
 
@@ -17,6 +18,14 @@ class RolloutConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    engine: Literal["local", "sglang"] = Field(
+        default="local", description="local: transformers, in this process; sglang: servers, launched or attached to"
+    )
+    mode: Literal["sync", "async"] = Field(
+        default="sync",
+        description="sync: strictly on-policy; async: the next step is sampled, by weights at most one step old, while "
+        "this one trains",
+    )
     prompts_per_step: int = Field(default=128, ge=1)
     group_size: int = Field(default=8, ge=1, description="G: responses per prompt")
     temperature: float = Field(default=1.0, gt=0)
@@ -26,7 +35,18 @@ class RolloutConfig(BaseModel):
         default="error", description="what to do with prompts over max_prompt_tokens"
     )
     max_batch: int = Field(default=256, ge=1, description="local engine: sequences decoded side by side")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="local engine: type of its weights")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of the engine's weights")
+    sglang: SGLangConfig = SGLangConfig()
+
+    @model_validator(mode="after")
+    def _async_needs_servers(self) -> RolloutConfig:
+        if self.mode == "async" and self.engine == "local":
+            raise ValueError("rollout.mode=async needs rollout.engine=sglang: the local engine computes here")
+        if self.mode == "async" and self.sglang.release_memory:
+            raise ValueError(
+                "rollout.sglang.release_memory needs rollout.mode=sync; in async mode servers sample during the update"
+            )
+        return self
 
 
 class Session(Protocol):
@@ -48,4 +68,12 @@ class Engine(Protocol):
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Takes over full weights under the model's parameter names. Later completions carry this version."""
+        ...
+
+    def release(self) -> None:
+        """Nothing is asked for before the next `load`: memory that others need may be freed until then."""
+        ...
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened to the engine since the last call, as metrics called `engine/...`."""
         ...

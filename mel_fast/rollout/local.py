@@ -63,6 +63,12 @@ class LocalEngine:
             raise ValueError(f"the published weights lack {sorted(own)[:3]}: trainer and engine have different models")
         self.version = version
 
+    def release(self) -> None:
+        """Its weights are all it holds, and they are kept."""
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
+
     def _run_when_all_wait(self) -> None:
         if not self._waiting or len(self._waiting) < self._open:
             return
