@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import as_any, episode, experience, trajectory
+from hypothesis import given
+from hypothesis import strategies as st
 from mel_kernels import LossConfig
 from rich.console import Console
 from support import random_samples
@@ -16,12 +21,13 @@ from mel_fast.console import COLUMNS, Display
 from mel_fast.distributed import World
 from mel_fast.evaluate import Score
 from mel_fast.learner import Learner, OptimConfig
-from mel_fast.metrics import loss_metrics, rollout_metrics, saved_metrics, staleness_metrics
+from mel_fast.metrics import cache_metrics, loss_metrics, rollout_metrics, saved_metrics, staleness_metrics
 from mel_fast.model import ModelConfig
 from mel_fast.objective import Internalise, ObjectiveConfig, build_batch
 from mel_fast.packing import KINDS
 from mel_fast.policy import load_policy
-from mel_fast.types import Experience
+from mel_fast.rollout.prefixes import as_bytes, shareable_tokens
+from mel_fast.types import Episode, Experience, Trajectory
 
 
 def test_rollouts_are_counted() -> None:
@@ -85,6 +91,81 @@ def test_staleness_is_counted_in_updates_over_tokens() -> None:
 
 def test_a_step_without_episodes_has_finite_metrics() -> None:
     assert all(math.isfinite(value) for value in rollout_metrics([]).values())
+
+
+# --- prefix caches ----------------------------------------------------------------------------------------------------
+
+
+def served(prompt: list[int], cached: int, cache: str = "a", version: int = 0) -> Trajectory:
+    found = trajectory(context=prompt)
+    found.cached_tokens, found.cache, found.versions = cached, cache, [(version, 2)]
+    return found
+
+
+def group(*rollouts: Trajectory, reflections: Sequence[Trajectory] = (), replays: Sequence[Trajectory] = ()) -> Episode:
+    made = episode([1, 0])
+    made.trajectories[:] = rollouts
+    pairs = zip_longest(reflections, replays)
+    made.experiences = [Experience(0, 1, reflection, None, replay=replay) for reflection, replay in pairs]
+    return made
+
+
+def test_each_phase_reports_what_was_cached_and_what_could_have_been() -> None:
+    head, question, wrong = [1, 2], [3, 4, 5], [6, 7]
+    solve = [*head, *question]  # twice: all but the last token can be shared
+    reflect = [*head, 9, *question, *wrong]
+    made = group(
+        served(solve, 0),
+        served(solve, 4),
+        reflections=[served([*reflect, 10], 2), served([*reflect, 11], 0)],
+        replays=[served([*head, 8, 8], 2)],
+    )
+    expected = {
+        "cache/solve/prompt_tokens": 10,
+        "cache/solve/cached_tokens": 4,
+        "cache/solve/optimum_tokens": 4,
+        "cache/solve/cached_share": 0.4,
+        "cache/solve/optimum_share": 0.4,
+        "cache/reflect/prompt_tokens": 18,
+        "cache/reflect/cached_tokens": 2,
+        "cache/reflect/optimum_tokens": 2 + 8,  # the head from the rollouts, the second all but its last token
+        "cache/reflect/cached_share": 2 / 18,
+        "cache/reflect/optimum_share": 10 / 18,
+        "cache/replay/prompt_tokens": 4,
+        "cache/replay/cached_tokens": 2,
+        "cache/replay/optimum_tokens": 2,
+        "cache/replay/cached_share": 0.5,
+        "cache/replay/optimum_share": 0.5,
+        "cache/reached_share": 8 / 16,
+    }
+    assert cache_metrics([made]) == pytest.approx(expected)
+    assert expected.keys() <= rollout_metrics([made]).keys()
+
+
+@pytest.mark.parametrize("other", [{"cache": "b"}, {"version": 1}])
+def test_nothing_is_shared_between_servers_nor_across_an_update(other: dict[str, Any]) -> None:
+    prompt = [1, 2, 3, 4]
+    apart = [group(served(prompt, 0), served(prompt, 0, **other)), group(served(prompt, 3), served(prompt, 3, **other))]
+    metrics = cache_metrics(apart)
+    assert metrics["cache/solve/optimum_tokens"] == 6
+    assert metrics["cache/reached_share"] == 1
+
+
+def test_groups_of_one_cache_share_across_prompts() -> None:
+    metrics = cache_metrics([group(served([1, 2, 3], 0)), group(served([1, 2, 4], 2))])
+    assert metrics["cache/solve/optimum_tokens"] == 2
+
+
+@given(st.lists(st.tuples(*[st.lists(st.integers(0, 2), min_size=1, max_size=5)] * 3), min_size=1, max_size=6))
+def test_the_phases_optima_add_up_to_that_of_all_requests(prompts: list[tuple[list[int], ...]]) -> None:
+    made = [group(served(a, 0), reflections=[served(b, 0)], replays=[served(c, 0)]) for a, b, c in prompts]
+    metrics = cache_metrics(made)
+    total = sum(metrics[f"cache/{phase}/optimum_tokens"] for phase in ("solve", "reflect", "replay"))
+    assert total == shareable_tokens([as_bytes(prompt) for triple in prompts for prompt in triple])
+
+
+def test_an_engine_without_a_prefix_cache_reports_none() -> None:
+    assert cache_metrics([episode([1, 0], experiences=[experience()])]) == {}
 
 
 def sums(policy_rows: float = 4.0) -> dict[str, float]:
