@@ -151,14 +151,6 @@ def pack(samples: Sequence[Sample], token_budget: int, world_size: int, cost: Co
     return [[collate(members) for members in filled[rank::world_size]] for rank in range(world_size)]
 
 
-def attention_cost(hidden_size: int, intermediate_size: int) -> float:
-    """The `quadratic` of `pack`: attention's FLOPs per L^2 over the matrix products' FLOPs per token, per block.
-
-    Scores and values take 4 L^2 H FLOPs (2 L^2 H causal); projections about 8 L H^2, the gated MLP 6 L H I.
-    """
-    return 2 * hidden_size / (8 * hidden_size**2 + 6 * hidden_size * intermediate_size)
-
-
 def balance_metrics(plan: Sequence[Sequence[PackedBatch]], token_budget: int, cost: Cost) -> dict[str, float]:
     """How well `pack` did, for a plan of [rank][micro-batch] (those of several updates laid end to end).
 

@@ -20,7 +20,7 @@ from mel_fast.distributed import World
 from mel_fast.errors import InputError
 from mel_fast.gspo import SequenceLoss, sequence_loss
 from mel_fast.model import ModelConfig, empty_model, fill, load_model
-from mel_fast.packing import PackedBatch, attention_cost
+from mel_fast.packing import PackedBatch
 
 
 class Policy(nn.Module):
@@ -94,10 +94,6 @@ class Policy(nn.Module):
     @property
     def config(self) -> Any:
         return self.model.config
-
-    @property
-    def quadratic(self) -> float:
-        return attention_cost(self.config.hidden_size, self.config.intermediate_size)
 
 
 def load_policy(config: ModelConfig, world: World) -> Policy:

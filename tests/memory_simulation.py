@@ -3,6 +3,8 @@
 Fake tensors have shapes and lifetimes but no contents, so models of any size run on any machine. Ranks other than this
 one are played by torch's fake process group. The head alone is played by a stand-in that allocates what the Triton head
 does: its kernels take no fake tensors.
+
+    PYTHONPATH=.:kernels:tests python tests/memory_simulation.py     # the planner's error for the models of the paper
 """
 
 from __future__ import annotations
@@ -26,9 +28,26 @@ from mel_fast import policy as policy_module
 from mel_fast.attention import ATTENTION_NAME
 from mel_fast.distributed import World
 from mel_fast.footprint import Living
+from mel_fast.memory import GIB, Planner
 from mel_fast.model import ModelConfig
 from mel_fast.packing import PackedBatch
+from mel_fast.plan import named_shape
 from mel_fast.policy import assemble
+
+# Model, tokens of the micro-batch, ranks, settings.
+CASES: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("Qwen/Qwen3-0.6B-Base", 8192, 1, {}),
+    ("Qwen/Qwen3-0.6B-Base", 32768, 8, {"checkpointing": "full"}),
+    ("Qwen/Qwen3-1.7B-Base", 16384, 1, {"checkpointing": "selective"}),
+    ("Qwen/Qwen3-4B-Base", 16384, 1, {"checkpointing": "full"}),
+    ("Qwen/Qwen3-4B-Base", 16384, 8, {"checkpointing": "selective"}),
+    ("Qwen/Qwen3-4B-Base", 2048, 1, {"checkpointing": "full"}),
+    ("Qwen/Qwen3-8B-Base", 32768, 8, {"checkpointing": "full"}),
+    ("Qwen/Qwen3-8B-Base", 16384, 4, {"checkpointing": "full", "reshard_after_forward": False}),
+    ("Qwen/Qwen3-8B-Base", 4096, 64, {}),
+    ("Qwen/Qwen3-14B-Base", 2048, 8, {"checkpointing": "full"}),
+    ("Qwen/Qwen3-14B-Base", 65536, 64, {"checkpointing": "full"}),
+]
 
 
 def head_stand_in(hidden: Tensor, weight: Tensor, target: Tensor, *_: Any, **__: Any) -> LossOutput:
@@ -115,3 +134,27 @@ def fake_batch(tokens: int, rows: int) -> PackedBatch:
         kind=row,
         rollout_logp=number,
     )
+
+
+def predicted_and_counted(name: str, tokens: int, ranks: int, changes: dict[str, Any]) -> tuple[float, float]:
+    """Bytes at the peak of an update in bfloat16, all tokens with loss."""
+    config = ModelConfig.model_validate({"path": name, "dtype": "bfloat16"} | changes)
+    shape, _ = named_shape(config)
+    counted = peak_of_an_update(config, shape, tokens, tokens, ranks)
+    planner = Planner.of(config, shape, ranks)
+    assert abs(sum(planner.resident().values()) / counted["resident"] - 1) < 0.01, "between updates"
+    return planner.peak(tokens), max(counted["forward"], counted["backward"])
+
+
+def main() -> None:
+    heading = ("model", "ranks", "tokens", "settings", "planned, GiB", "counted, GiB", "error")
+    print(f"| {' | '.join(heading)} |\n|---|---:|---:|---|---:|---:|---:|")
+    for name, tokens, ranks, changes in CASES:
+        planned, counted = predicted_and_counted(name, tokens, ranks, changes)
+        cells = (name[5:-5], ranks, tokens, ", ".join(f"{key}={value}" for key, value in changes.items()))
+        sizes = f"{planned / GIB:.2f} | {counted / GIB:.2f} | {planned / counted - 1:+.1%}"
+        print(f"| {' | '.join(map(str, cells))} | {sizes} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

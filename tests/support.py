@@ -9,31 +9,34 @@ import sys
 import numpy as np
 import torch
 from mel_kernels import Stream
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from mel_fast.types import Sample
 
+FAMILIES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+
 
 def make_model(
-    vocabulary: int, seed: int = 0, layers: int = 2, context: int = 256, tied: bool = True
-) -> Qwen3ForCausalLM:
-    torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=context,
-            tie_word_embeddings=tied,
-        )
+    vocabulary: int, seed: int = 0, layers: int = 2, context: int = 256, tied: bool = True, family: str = "qwen3"
+) -> PreTrainedModel:
+    shape = FAMILIES[family](
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        tie_word_embeddings=tied,
+        **({} if family == "qwen2" else {"head_dim": 8}),
     )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if name.endswith("bias"):
+                parameter.normal_()
+            elif "norm" not in name:
                 parameter.mul_(12.0)  # at the usual scale attention is nearly uniform, whatever the mask
     return model
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from curves import Case, Curve, assert_same_curve, on_ranks, train
 from mel_kernels import LossConfig
 from support import make_model, random_samples
-from test_learner import assert_same_curve, learner, updates
+from test_learner import learner
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from mel_fast.checkpoint import CheckpointError, checkpoints, export_model, load_checkpoint, save_checkpoint
@@ -17,13 +18,34 @@ from mel_fast.distributed import World
 from mel_fast.packing import collate
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def curves(folder: Path, model_folder: Path) -> dict[int, dict[str, Curve]]:
+    """By number of ranks: four steps in one go; two steps and a checkpoint; two more after that of one or two ranks."""
+    model = str(model_folder)
+    cases = {
+        ranks: {
+            "whole": Case(model),
+            "begun": Case(model, steps=(0, 2), save=str(folder / f"of_{ranks}"), export=str(folder / f"model_{ranks}")),
+        }
+        | {f"after {before}": Case(model, steps=(2, 4), load=str(folder / f"of_{before}")) for before in (1, 2)}
+        for ranks in (1, 2)
+    }
+    alone = World(0, 1, torch.device("cpu"))
+    one = {name: train(cases[1][name], alone) for name in ("whole", "begun", "after 1")}
+    two = on_ranks(2, cases[2], folder / "two.json")
+    return {1: one | {"after 2": train(cases[1]["after 2"], alone)}, 2: two}
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 2)])
 def test_resumed_on_the_same_or_another_number_of_ranks(
-    model_folder: Path, tmp_path: Path, before: int, after: int
+    curves: dict[int, dict[str, Curve]], before: int, after: int
 ) -> None:
-    whole = updates(before, model_folder, tmp_path / "whole.json", "--steps", "0", "4")
-    updates(before, model_folder, tmp_path / "a.json", "--steps", "0", "2", "--save", str(tmp_path / "c"))
-    rest = updates(after, model_folder, tmp_path / "b.json", "--steps", "2", "4", "--load", str(tmp_path / "c"))
+    whole, rest = curves[before]["whole"], curves[after][f"after {before}"]
     assert_same_curve(rest, whole[2:], tolerance=0 if before == after else 1e-6)
     assert rest[-1]["optim/updates"] == whole[-1]["optim/updates"]
 
@@ -80,9 +102,8 @@ def test_the_export_loads_in_transformers_and_gives_the_policys_log_probs(
     )
 
 
-def test_the_export_of_two_ranks_is_that_of_one(model_folder: Path, tmp_path: Path) -> None:
-    for ranks in (1, 2):
-        updates(ranks, model_folder, tmp_path / "m.json", "--steps", "0", "2", "--export", str(tmp_path / str(ranks)))
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("1", "2"))
+@pytest.mark.usefixtures("curves")
+def test_the_export_of_two_ranks_is_that_of_one(folder: Path) -> None:
+    one, two = (AutoModelForCausalLM.from_pretrained(folder / f"model_{n}").state_dict() for n in (1, 2))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
-    assert json.loads((tmp_path / "2" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert json.loads((folder / "model_2" / "config.json").read_text())["tie_word_embeddings"] is True

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from curves import Case, Curve, assert_same_curve, on_ranks, train
 from mel_kernels import LossConfig
-from support import make_model, random_samples, torchrun
+from support import make_model, random_samples
 from transformers import PreTrainedTokenizerBase
 
-from mel_fast.distributed import World
+from mel_fast.distributed import World, join_world, leave
 from mel_fast.errors import InputError
 from mel_fast.learner import Learner, OptimConfig
 from mel_fast.model import ModelConfig
 from mel_fast.policy import load_policy
-
-SCRIPT = str(Path(__file__).parent / "ranks" / "updates.py")
-COMPARED = (
-    "loss/total",
-    "loss/policy",
-    "loss/nll",
-    "optim/grad_norm",
-    "grad/head_policy",
-    "grad/head_nll",
-    "policy/entropy",
-)
-
-
-def updates(ranks: int, model: Path, out: Path, *options: str) -> list[dict[str, float]]:
-    result = torchrun(ranks, SCRIPT, str(model), str(out), *options)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(out.read_text())
-
-
-def assert_same_curve(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float = 1e-6) -> None:
-    assert len(ours) == len(theirs)
-    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        for name in COMPARED:
-            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), f"step {step}: {name}"
 
 
 def learner(model: Path, world: World, **settings: float) -> Learner:
@@ -48,16 +25,8 @@ def learner(model: Path, world: World, **settings: float) -> Learner:
     return Learner(load_policy(ModelConfig(path=str(model)), world), None, config, 4, world)
 
 
-@pytest.mark.parametrize("kl", ["0", "0.1"])
-def test_one_rank_equals_two_ranks(model_folder: Path, tmp_path: Path, kl: str) -> None:
-    one = updates(1, model_folder, tmp_path / "one.json", "--kl", kl)
-    two = updates(2, model_folder, tmp_path / "two.json", "--kl", kl)
-    assert_same_curve(one, two)
-    assert one[0]["loss/total"] != one[1]["loss/total"]
-
-
-SETTINGS = {
-    "checkpointing": {"checkpointing": "full"},
+SAVINGS = {
+    "full checkpointing": {"checkpointing": "full"},
     "selective checkpointing": {"checkpointing": "selective"},
     "offload": {"offload": True},
     "weights stay gathered": {"reshard_after_forward": False},
@@ -65,29 +34,57 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.fixture(scope="module")
+def models(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """A checkpoint of each family, and one whose head is not its embedding."""
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("qwen2", "llama"):
+        make_model(len(tokenizer), family=family).save_pretrained(folder / family)
+    make_model(len(tokenizer), tied=False).save_pretrained(folder / "untied")
+    return {"qwen3": str(model_folder)} | {name: str(folder / name) for name in ("qwen2", "llama", "untied")}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curve]:
+    """Every curve of this file that needs two ranks."""
+    cases = {name: Case(model) for name, model in models.items()} | {"kl": Case(models["qwen3"], kl=0.1)}
+    cases |= {name: Case(models["qwen3"], settings) for name, settings in SAVINGS.items()}
+    return on_ranks(2, cases, tmp_path_factory.mktemp("curves") / "two.json")
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen2", "llama", "untied"])
+def test_one_rank_equals_two_ranks(
+    models: dict[str, str], two_ranks: dict[str, Curve], world: World, model: str
+) -> None:
+    one = train(Case(models[model]), world)
+    assert_same_curve(two_ranks[model], one)
+    assert one[0]["loss/total"] != one[1]["loss/total"]
+
+
+def test_one_rank_equals_two_ranks_with_a_reference(
+    models: dict[str, str], two_ranks: dict[str, Curve], world: World
+) -> None:
+    one = train(Case(models["qwen3"], kl=0.1), world)
+    assert_same_curve(two_ranks["kl"], one)
+    assert one[-1]["policy/kl"] > 0
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
 def test_no_way_of_saving_memory_changes_the_curve_on_two_ranks(
-    model_folder: Path, tmp_path: Path, settings: dict[str, object]
+    models: dict[str, str], two_ranks: dict[str, Curve], world: World, saving: str
 ) -> None:
-    plain = updates(1, model_folder, tmp_path / "plain.json")
-    saving = updates(2, model_folder, tmp_path / "saving.json", "--settings", json.dumps(settings))
-    assert_same_curve(saving, plain)
+    assert_same_curve(two_ranks[saving], train(Case(models["qwen3"]), world))
 
 
-def test_a_head_of_its_own_is_trained_alike_on_two_ranks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    make_model(len(tokenizer), tied=False).save_pretrained(tmp_path / "model")
-    one, two = (updates(ranks, tmp_path / "model", tmp_path / "m.json") for ranks in (1, 2))
-    assert_same_curve(one, two)
-
-
-@pytest.mark.parametrize("settings", [{"offload": True}, {"dtype": "bfloat16", "offload": True}])
-def test_offloading_changes_no_bit_of_one_ranks_curve(
-    model_folder: Path, tmp_path: Path, settings: dict[str, object]
-) -> None:
-    with_and_without = [
-        updates(1, model_folder, tmp_path / "m.json", "--settings", json.dumps(settings | {"offload": offload}))
-        for offload in (True, False)
-    ]
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_offloading_changes_no_bit_of_one_ranks_curve(model_folder: Path, settings: dict[str, object]) -> None:
+    with join_world("cpu", 5) as world:  # sharding needs a process group
+        with_and_without = [
+            train(Case(str(model_folder), settings | {"offload": offload}), world) for offload in (True, False)
+        ]
+    leave()
     assert_same_curve(*with_and_without, tolerance=0)
 
 
@@ -101,21 +98,32 @@ def test_checkpointing_changes_no_bit_of_the_curve(model_folder: Path, world: Wo
     assert_same_curve(curves[0], curves[1], tolerance=0)
 
 
+def test_compiled_blocks_train_alike_and_are_compiled_a_few_times_only(
+    model_folder: Path, tmp_path: Path, world: World
+) -> None:
+    """Each step with another number of tokens and sequences. What torch.compile makes of the blocks is run operator by
+    operator here; the next test generates code."""
+    eager = Case(str(model_folder), steps=(0, 8), compiler="aot_eager")
+    modes = ("none", "selective", "full")
+    cases = {mode: replace(eager, settings={"compile": True, "checkpointing": mode}) for mode in modes}
+    expected = train(eager, world)
+    for mode, compiled in on_ranks(2, cases, tmp_path / "compiled.json").items():
+        assert_compiled(compiled, expected, mode)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-@pytest.mark.parametrize(("mode", "ranks"), [("none", 1), ("full", 1), ("selective", 2)])
-def test_compiled_blocks_train_alike_and_are_compiled_a_few_times_only(
-    model_folder: Path, tmp_path: Path, mode: str, ranks: int
-) -> None:
-    """The curve, each step with another number of tokens and sequences."""
-    steps = ("--steps", "0", "8")
-    eager = updates(1, model_folder, tmp_path / "eager.json", *steps)
-    settings = json.dumps({"compile": True, "checkpointing": mode})
-    compiled = updates(ranks, model_folder, tmp_path / "compiled.json", *steps, "--settings", settings)
-    assert_same_curve(compiled, eager, tolerance=1e-4)
+def test_generated_code_trains_alike(model_folder: Path, world: World) -> None:
+    eager = Case(str(model_folder), steps=(0, 8))
+    compiled = train(replace(eager, settings={"compile": True, "checkpointing": "selective"}), world)
+    assert_compiled(compiled, train(eager, world), "selective")
+
+
+def assert_compiled(compiled: Curve, expected: Curve, mode: str) -> None:
+    assert_same_curve(compiled, expected, tolerance=1e-4)
     # With and without gradients (the old log-probs of step 2), and a micro-batch of a single sequence.
-    assert 1 <= compiled[2]["test/graphs"] <= 3
-    assert compiled[-1]["test/graphs"] == compiled[2]["test/graphs"], "it goes on compiling"
+    assert 1 <= compiled[2]["test/graphs"] <= 3, mode
+    assert compiled[-1]["test/graphs"] == compiled[2]["test/graphs"], f"{mode}: it goes on compiling"
 
 
 def test_micro_batching_changes_nothing(model_folder: Path, world: World) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mel_kernels import LossConfig
-from memory_simulation import peak_of_an_update
+from memory_simulation import CASES, peak_of_an_update, predicted_and_counted
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -89,27 +89,11 @@ def test_what_is_recomputed(mode: str, attentions: int, recomputed: int) -> None
     assert products == (7 + 14 + recomputed) * layers, "each product has two in its backward"
 
 
-CASES = [
-    ("Qwen/Qwen3-0.6B-Base", 8192, 1, {}),
-    ("Qwen/Qwen3-0.6B-Base", 32768, 8, {"checkpointing": "full"}),
-    ("Qwen/Qwen3-4B-Base", 16384, 8, {"checkpointing": "selective"}),
-    ("Qwen/Qwen3-4B-Base", 2048, 1, {"checkpointing": "full"}),
-    ("Qwen/Qwen3-8B-Base", 32768, 8, {"checkpointing": "full"}),
-    ("Qwen/Qwen3-8B-Base", 16384, 4, {"checkpointing": "full", "reshard_after_forward": False}),
-    ("Qwen/Qwen3-8B-Base", 4096, 64, {}),
-    ("Qwen/Qwen3-14B-Base", 2048, 8, {"checkpointing": "full"}),
-    ("Qwen/Qwen3-14B-Base", 65536, 64, {"checkpointing": "full"}),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tokens", "ranks", "changes"), CASES)
+@pytest.mark.parametrize(("name", "tokens", "ranks", "changes"), [CASES[i] for i in (0, 4, 7, 8, 10)])
 def test_the_predicted_peak_is_within_a_tenth(name: str, tokens: int, ranks: int, changes: dict[str, Any]) -> None:
-    config, (shape, _) = settings(**changes), named_shape(settings(path=name))
-    measured = peak_of_an_update(config, shape, tokens, tokens, ranks)
-    planner = Planner.of(config, shape, ranks)
-    assert sum(planner.resident().values()) == pytest.approx(measured["resident"], rel=0.01)
-    assert planner.peak(tokens) == pytest.approx(max(measured["forward"], measured["backward"]), rel=0.1)
+    predicted, counted = predicted_and_counted(name, tokens, ranks, changes)
+    assert predicted == pytest.approx(counted, rel=0.1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

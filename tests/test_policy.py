@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib
+import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from mel_kernels import LossConfig, Stream
-from support import make_model, random_samples, torchrun
+from support import FAMILIES, make_model, random_samples, torchrun
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.models.qwen3 import modeling_qwen3
 
+from mel_fast import attention
 from mel_fast.attention import choose_implementation
 from mel_fast.blocks import fuse
-from mel_fast.distributed import World
+from mel_fast.distributed import World, join_world, leave
 from mel_fast.errors import InputError
 from mel_fast.gspo import SequenceLoss
 from mel_fast.model import ModelConfig, load_model
@@ -29,9 +33,8 @@ def policy(model_folder: Path, world: World) -> Policy:
     return load_policy(ModelConfig(path=str(model_folder)), world)
 
 
-def separate_logps(model_folder: Path, samples: list[Sample]) -> list[torch.Tensor]:
-    """Log-probs [L - 1] of each sample's tokens, one plain float64 forward per sequence."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
+def separate_logps(model: torch.nn.Module, samples: list[Sample]) -> list[torch.Tensor]:
+    """Log-probs [L - 1] of each sample's tokens, one plain forward per sequence."""
     logps = []
     for sample in samples:
         ids = torch.from_numpy(sample.ids)
@@ -40,18 +43,112 @@ def separate_logps(model_folder: Path, samples: list[Sample]) -> list[torch.Tens
     return logps
 
 
-def test_packed_log_probs_equal_those_of_separate_forwards(policy: Policy, model_folder: Path) -> None:
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        make_model(len(tokenizer), family=family, tied=family != "llama").save_pretrained(folder / family)
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_log_probs_and_gradients_equal_those_of_separate_forwards(
+    families: dict[str, Path], world: World, family: str
+) -> None:
+    policy = load_policy(ModelConfig(path=str(families[family])), world)
     samples = random_samples(policy.config.vocab_size)
-    with torch.no_grad():
-        _, packed, _, _ = policy(collate(samples), None)
+    batch = replace(collate(samples), stream=torch.full_like(collate(samples).stream, Stream.NLL))
+    value, packed, _, _ = policy(batch, LossConfig())
+    value.backward()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        families[family], dtype=torch.float64, attn_implementation="eager"
+    )
     expected = torch.cat(
         [
             logps[torch.from_numpy(sample.stream[1:] != 0)]
-            for sample, logps in zip(samples, separate_logps(model_folder, samples), strict=True)
+            for sample, logps in zip(samples, separate_logps(model, samples), strict=True)
         ]
     )
     assert expected.std() > 1, "weights too small to tell a wrong mask"
-    torch.testing.assert_close(packed.double(), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(packed.double(), expected, atol=3e-5, rtol=0)
+    (-(batch.weight.double() * expected).sum()).backward()
+    for (name, ours), theirs in zip(policy.model.named_parameters(), model.parameters(), strict=True):
+        assert ours.grad is not None
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < 2e-5, f"{name}: relative gradient error {error:.1e}"
+
+
+def kernel(
+    scale: float | None,
+    q: torch.Tensor,  # [T, A, D]
+    k: torch.Tensor,  # [T, K, D]
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> torch.Tensor:
+    """What the varlen kernels of torch and flash-attn compute when they are causal, one sequence after the other; they
+    take query heads that share key/value heads in order."""
+    assert cu_seqlens_q.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    assert cu_seqlens_q[-1] == len(q) == len(k) == len(v)
+    out = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        one, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))  # [A | K, L, D]
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        scores = one @ keys.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)  # [A, L, L]
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        out.append((scores.masked_fill(future, -torch.inf).softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(out)
+
+
+def torch_varlen(*tensors: Any, window_size: tuple[int, int], scale: float, enable_gqa: bool) -> torch.Tensor:
+    """torch 2.13's signature."""
+    assert window_size == (-1, 0)  # causal
+    assert enable_gqa
+    return kernel(scale, *tensors)
+
+
+def torch_varlen_2_11(*tensors: Any, window_size: tuple[int, int], scale: float) -> torch.Tensor:
+    """It takes no shared heads."""
+    assert window_size == (-1, 0)
+    assert tensors[0].shape == tensors[1].shape == tensors[2].shape
+    return kernel(scale, *tensors)
+
+
+def flash_varlen(*tensors: Any, dropout_p: float, softmax_scale: float, causal: bool) -> torch.Tensor:
+    assert causal
+    assert dropout_p == 0
+    return kernel(softmax_scale, *tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("installed", ["flash-attn", "torch 2.13", "torch 2.11"])
+def test_the_kernels_of_a_gpu_are_asked_for_the_same_attention(
+    families: dict[str, Path], world: World, monkeypatch: pytest.MonkeyPatch, family: str, installed: str
+) -> None:
+    """With stand-ins on the CPU for kernels that need CUDA: heads, scale, lengths and causality reach them right."""
+    policy = load_policy(ModelConfig(path=str(families[family])), world)
+    if installed == "flash-attn":
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_varlen))
+    else:
+        monkeypatch.setattr(attention, "varlen_attn", torch_varlen if "13" in installed else torch_varlen_2_11)
+        monkeypatch.setattr(attention, "VARLEN_SHARES_HEADS", "13" in installed)
+    batch, gradients, logps = collate(random_samples(policy.config.vocab_size)), [], []
+    for implementation in ("padded", "flash" if installed == "flash-attn" else "varlen"):
+        policy.implementation = implementation
+        policy.zero_grad()
+        value, logp, _, _ = policy(batch, LossConfig())
+        value.backward()
+        logps.append(logp)
+        gradients.append([p.grad for p in policy.parameters()])
+    torch.testing.assert_close(logps[1], logps[0], atol=3e-5, rtol=0)
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert (ours - theirs).norm() < 2e-5 * theirs.norm()
 
 
 def test_a_sequence_does_not_see_its_neighbours(policy: Policy) -> None:
@@ -183,32 +280,19 @@ def test_gspo_equals_its_formula_on_full_logits_in_float64(model_folder: Path, o
         assert (ours.grad.double() - theirs.grad).norm() < 2e-5 * theirs.grad.norm()
 
 
-def test_bf16_compute_keeps_float32_master_weights(model_folder: Path, tmp_path: Path) -> None:
-    """In a process of its own, because sharding needs a process group."""
-    script = tmp_path / "bf16.py"
-    script.write_text(
-        f"""
-import torch
-from mel_kernels import LossConfig
-from mel_fast.distributed import join_world
-from mel_fast.policy import ModelConfig, load_policy
-from mel_fast.gspo import SequenceLoss
-from mel_fast.packing import collate
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from support import random_samples
-with join_world("cpu", 5) as world:
+def test_bf16_compute_keeps_float32_master_weights(model_folder: Path) -> None:
     batch = collate(random_samples(400))
-    exact = load_policy(ModelConfig(path={str(model_folder)!r}), world)(batch, None)[1]
-    policy = load_policy(ModelConfig(path={str(model_folder)!r}, dtype="bfloat16"), world)
-    loss, logp, _, _ = policy(batch, LossConfig())
-    loss.backward()
-    assert all(p.dtype == torch.float32 == p.grad.dtype for p in policy.parameters())
-    gap = (logp - exact).abs().max().item()
-    assert 1e-6 < gap < 0.5, gap
-"""
-    )
-    result = torchrun(1, str(script))
-    assert result.returncode == 0, result.stderr[-2000:]
+    with join_world("cpu", 5) as world:  # sharding needs a process group
+        exact = load_policy(ModelConfig(path=str(model_folder)), world)(batch, None)[1]
+        policy = load_policy(ModelConfig(path=str(model_folder), dtype="bfloat16"), world)
+        loss, logp, _, _ = policy(batch, LossConfig())
+        loss.backward()
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        assert {p.grad.dtype for p in policy.parameters() if p.grad is not None} == {torch.float32}
+        assert all(p.grad is not None for p in policy.parameters())
+        assert 1e-6 < (logp - exact).abs().max() < 0.5
+        del policy, loss
+    leave()
 
 
 def test_a_missing_model_is_one_clear_error(world: World, tmp_path: Path) -> None:
@@ -223,30 +307,36 @@ def test_buffers_keep_their_precision_in_a_16_bit_model(model_folder: Path) -> N
     assert {b.dtype for b in model.buffers()} == {torch.float32}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_sharded_loading_equals_plain_loading_and_only_rank_0_reads(
-    world: World, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, tied: bool
-) -> None:
-    make_model(len(tokenizer), tied=tied).save_pretrained(tmp_path / "model")
-    result = torchrun(2, str(Path(__file__).parent / "ranks" / "loading.py"), str(tmp_path / "model"), str(tmp_path))
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What each of two ranks found, by name of the model: one with, one without a tied head, one without weights."""
+    folder = tmp_path_factory.mktemp("loading")
+    names = ("tied", "untied", "empty")
+    for name in names:
+        make_model(len(tokenizer), tied=name == "tied").save_pretrained(folder / name)
+    (folder / "empty" / "model.safetensors").unlink()
+    script, models = str(Path(__file__).parent / "ranks" / "loading.py"), [str(folder / name) for name in names]
+    result = torchrun(2, script, str(folder), *models)
     assert result.returncode == 0, result.stderr[-3000:]
-    plain = load_policy(ModelConfig(path=str(tmp_path / "model")), world)
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return {"folder": folder} | {name: [rank[str(folder / name)] for rank in ranks] for name in names}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_sharded_loading_equals_plain_loading_and_only_rank_0_reads(
+    world: World, loaded: dict[str, Any], name: str
+) -> None:
+    plain = load_policy(ModelConfig(path=str(loaded["folder"] / name)), world)
     with torch.no_grad():
         logp = plain(collate(random_samples(400)), None)[1]
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in loaded[name]:
         torch.testing.assert_close(found["logp"], logp, atol=0, rtol=0)
         torch.testing.assert_close(found["buffers"], dict(plain.model.named_buffers()), atol=0, rtol=0)
-        assert found["tied"] is tied
+        assert found["tied"] is (name == "tied")
 
 
-def test_weights_that_only_rank_0_can_miss_are_one_error_on_every_rank(tmp_path: Path, model_folder: Path) -> None:
-    (tmp_path / "model").mkdir()
-    shutil.copy(model_folder / "config.json", tmp_path / "model")
-    result = torchrun(2, str(Path(__file__).parent / "ranks" / "loading.py"), str(tmp_path / "model"), str(tmp_path))
-    assert result.returncode == 0, result.stderr[-3000:]
-    for rank in (0, 1):
-        assert "no checkpoint in that folder" in torch.load(tmp_path / f"{rank}.pt")["error"]
+def test_weights_that_only_rank_0_can_miss_are_one_error_on_every_rank(loaded: dict[str, Any]) -> None:
+    assert all("no checkpoint in that folder" in found["error"] for found in loaded["empty"])
 
 
 def test_a_model_with_sliding_windows_is_refused(
@@ -275,24 +365,33 @@ def test_liger_that_cannot_run_here_is_refused_by_name_and_auto_does_without(mod
         ModelConfig(path="x", liger=True, compile=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_liger_replaces_norms_and_mlps_but_no_loss(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, family: str
 ) -> None:
     """Which modules change; what they compute is a matter of a GPU."""
     pytest.importorskip("liger_kernel")
-    rope = modeling_qwen3.apply_rotary_pos_emb
-    for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):  # Liger changes the module; put it back
-        monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
-    model, cuda = make_model(50), World(0, 1, torch.device("cuda"))
+    module: Any = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    name = family.capitalize()
+    rope = module.apply_rotary_pos_emb
+    for changed in ("apply_rotary_pos_emb", f"{name}RMSNorm", f"{name}MLP"):  # Liger changes the module; put it back
+        monkeypatch.setattr(module, changed, getattr(module, changed))
+    model, cuda = make_model(50, family=family), World(0, 1, torch.device("cuda"))
     forward = model.forward
     assert fuse(model, ModelConfig(path="x"), cuda)
     assert model.forward == forward
-    assert modeling_qwen3.apply_rotary_pos_emb is not rope
-    names = {name: module.forward.__func__.__qualname__ for name, module in model.named_modules()}
-    assert names["model.layers.0.self_attn.q_norm"] == names["model.norm"] == "LigerRMSNorm.forward"
-    assert names["model.layers.1.mlp"] == "LigerSwiGLUMLP.forward"
+    assert module.apply_rotary_pos_emb is not rope
+    norms = [each for each in model.modules() if type(each).__name__.endswith("RMSNorm")]
+    assert len(norms) == {"qwen3": 9}.get(family, 5)  # of two blocks; Qwen3's normalise queries and keys, too
+    assert {qualified(each) for each in norms} == {"LigerRMSNorm.forward"}
+    assert qualified(model.get_submodule("model.layers.1.mlp")) == "LigerSwiGLUMLP.forward"
     monkeypatch.setattr(model.config, "model_type", "nobodys")
     with pytest.raises(InputError, match=r"does not know the family 'nobodys'"):
         fuse(model, ModelConfig(path="x", liger=True), cuda)
     assert not fuse(model, ModelConfig(path="x"), cuda)
     assert "the model runs without Liger, because it does not know the family 'nobodys'" in caplog.text
+
+
+def qualified(module: Any) -> str:
+    """The name of its forward, which is a method of the instance."""
+    return module.forward.__func__.__qualname__

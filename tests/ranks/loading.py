@@ -1,6 +1,7 @@
-"""Run by torchrun: loads a sharded policy; each rank writes log-probs, buffers, whether the head is tied, or the error.
+"""Run by torchrun: loads sharded policies; each rank writes log-probs, buffers, whether the head is tied, or the error,
+by folder.
 
-loading.py MODEL OUT
+loading.py OUT MODEL...
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import mel_fast.model
-from mel_fast.distributed import join_world, leave
+from mel_fast.distributed import World, join_world, leave
 from mel_fast.errors import InputError
 from mel_fast.model import ModelConfig
 from mel_fast.packing import collate
@@ -31,22 +32,23 @@ def main(options: argparse.Namespace) -> None:
     with join_world("cpu", 5) as world:
         if not world.main:
             mel_fast.model.load_model = never
-        found: dict[str, Any]
-        try:
-            policy = load_policy(ModelConfig(path=options.model), world)
-        except InputError as error:
-            found = {"error": str(error)}
-        else:
-            with torch.no_grad():
-                logp = policy(collate(random_samples(400)), None)[1]
-            names = dict(policy.model.named_parameters(remove_duplicate=False))
-            tied = names["lm_head.weight"] is names["model.embed_tokens.weight"]
-            found = {"logp": logp, "buffers": dict(policy.model.named_buffers()), "tied": tied}
-        torch.save(found, options.out / f"{world.rank}.pt")
+        torch.save({folder: look(folder, world) for folder in options.models}, options.out / f"{world.rank}.pt")
+
+
+def look(folder: str, world: World) -> dict[str, Any]:
+    try:
+        policy = load_policy(ModelConfig(path=folder), world)
+    except InputError as error:
+        return {"error": str(error)}
+    with torch.no_grad():
+        logp = policy(collate(random_samples(400)), None)[1]
+    names = dict(policy.model.named_parameters(remove_duplicate=False))
+    tied = names["lm_head.weight"] is names["model.embed_tokens.weight"]
+    return {"logp": logp, "buffers": dict(policy.model.named_buffers()), "tied": tied}
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("model")
 parser.add_argument("out", type=Path)
+parser.add_argument("models", nargs="+")
 main(parser.parse_args())
 leave()
