@@ -84,6 +84,12 @@ FIGURES = (
         "Absolute difference of a token's log-prob in the engine and in the trainer: mean and largest.",
     ),
     Figure(
+        POLICY,
+        "Staleness",
+        ("rollout/staleness_mean", "rollout/staleness_max"),
+        "Updates since the weights that sampled a token: mean and most; 0 where sampling and training alternate.",
+    ),
+    Figure(
         POLICY, "Truncated importance weights", ("policy/tis", "policy/tis_capped"), "Mean weight, and share capped."
     ),
     Figure(
@@ -119,8 +125,8 @@ FIGURES = (
     Figure(
         DROPPED,
         "Groups without signal",
-        ("batch/groups", "batch/groups_without_signal"),
-        "All responses have the same advantage.",
+        ("groups/all", "batch/groups", "batch/groups_without_signal"),
+        "All groups, those with responses, and those whose responses all have the same advantage.",
     ),
     Figure(
         DROPPED,
@@ -132,10 +138,21 @@ FIGURES = (
     Figure(DROPPED, "Malformed meta-experiences", ("mel/malformed/*",), "By reason.", "bars"),
     Figure(DROPPED, "Contrasts that did not fit", ("mel/dropped/*",), "By reason.", "bars"),
     Figure(DROPPED, "Verdicts with a reason", ("verify/*",), "Responses and replays, by reason.", "bars"),
-    Figure(
-        CACHE, "Prompt tokens from the prefix cache", ("cache/*_share", "cache/*_rate"), "Share, by phase.", share=True
+    *(
+        Figure(
+            CACHE,
+            f"Cached prompt tokens: {phase}",
+            (f"cache/{phase}/cached_share", f"cache/{phase}/optimum_share"),
+            "Share that the prefix caches had, and that endless ones would have had.",
+            share=True,
+        )
+        for phase in ("solve", "reflect", "replay")
     ),
-    Figure(CACHE, "Prefix cache, tokens", ("cache/*",), "By phase."),
+    Figure(CACHE, "Cached tokens over the optimum", ("cache/reached_share",), "All phases: 1 is perfect.", share=True),
+    Figure(CACHE, "Prompt tokens", ("cache/*/prompt_tokens",), "By phase.", "bars"),
+    Figure(CACHE, "Prompt tokens that were cached", ("cache/*/cached_tokens",), "By phase.", "bars"),
+    Figure(CACHE, "Prompt tokens that could be cached", ("cache/*/optimum_tokens",), "By phase.", "bars"),
+    Figure(WORK, "Rollout servers", ("engine/*",), "Servers that are ready, and what they and their requests met."),
     Figure(
         WORK,
         "Computation left out",
@@ -159,8 +176,8 @@ FIGURES = (
     Figure(
         TIME,
         "Time by phase",
-        ("time/collect", "time/build_batch", "time/update", "time/publish", "time/evaluate", "time/checkpoint"),
-        "Seconds per step. Evaluation is part of no step.",
+        ("time/collect", "time/build_batch", "time/update", "time/publish", "time/evaluate"),
+        "Seconds per step. Evaluation is part of no step, and checkpoints are not in it.",
         "bars",
     ),
     Figure(TIME, "Time per step", ("time/step",), "Seconds, evaluation and checkpoints apart."),

@@ -164,6 +164,28 @@ def test_keys_links_and_filters_lead_through_the_experiences(tmp_path: Path, vis
     see(page, "This page does not hold run/9/0/0.")
 
 
+def test_an_experience_leads_to_the_others_on_its_question(tmp_path: Path, visit: Open) -> None:
+    dumps = {n: [case(kept=n != 4, id="p1"), case(id="p2")] for n in (1, 4)}
+    dumps[4][0].experiences[0].reflection.logprobs = [-0.5, -1.0, -1.5]
+    report = write_report(make_run(tmp_path / "run", [step(n, **{"nll/retrospective": 1.0}) for n in dumps], dumps))
+    page = visit(report, "#experience=run%2F1%2F0%2F0")
+    rows = opened(page).locator("table.over tbody tr")
+    assert [" ".join(text.split()) for text in rows.all_inner_texts()] == ["1, this one kept 0.25", "4 failed 1"]
+    rows.get_by_role("link").click()
+    see(page, "4, this one", ".opened")
+    opened(page).get_by_role("link", name="NLL of what is internalised").click()
+    see(page, "NLL of what is internalised", "figure")
+
+
+def test_the_header_of_a_narrow_window_shows_everything(tmp_path: Path, visit: Open) -> None:
+    page = visit(write_report(make_run(tmp_path / "20260131-142501-run", [step(1)])))
+    page.set_viewport_size({"width": 400, "height": 800})
+    for part in (page.locator("h1"), page.locator("#theme"), page.get_by_role("link", name="Rollouts")):
+        box = part.bounding_box()
+        assert box is not None
+        assert (box["x"] >= 0, box["width"] > 20, box["x"] + box["width"] <= 400) == (True, True, True)
+
+
 def test_experiences_are_filtered_by_reason_and_family(tmp_path: Path, visit: Open) -> None:
     odd = case(family="")
     odd.experiences[0].meta, odd.experiences[0].malformed, odd.experiences[0].kept = None, "no critique", False
@@ -254,7 +276,14 @@ def test_ten_thousand_experiences_stay_readable(
 
     dumps = {
         n: [
-            case((n + i) % 4 > 0, f"problem {n}.{i}: {text(40)}", text(160), text(160), (text(10), text(30), text(20)))
+            case(
+                (n + i) % 4 > 0,
+                f"problem {n}.{i}: {text(40)}",
+                text(160),
+                text(160),
+                (text(10), text(30), text(20)),
+                f"p{i}",  # each question comes again in every step
+            )
             for i in range(100)
         ]
         for n in range(1, 101)

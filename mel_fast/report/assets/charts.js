@@ -119,21 +119,22 @@ export function bars(host, figure, overview, group) {
     value: (_, __, ___, i) => format(i === null ? null : heights[m][i]),
   }));
   // The tallest first, so that each lower sum is painted over it.
-  return plot(host, [bins.map((bin) => bin[0]), ...stacked.toReversed()], series.toReversed(), { range: "zero" });
+  return plot(host, [bins.map((bin) => bin[0]), ...stacked.toReversed()], series.toReversed(), { range: "zero", room: per / 2 });
 }
 
-function plot(host, data, series, { bands = [], range = null }) {
+function plot(host, data, series, { bands = [], range = null, room = 0 }) {
   const axis = { stroke: () => css("--muted"), grid: { stroke: () => css("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
   const edge = (_, low, high) => {
     if (range === "zero") return [0, high > 0 ? high * 1.05 : 1];
     if (range) return [Math.min(range[0], low ?? 0), Math.max(range[1], high ?? 1)];
-    return low === high ? [low - Math.max(Math.abs(low), 1e-3) * 0.1, high + Math.max(Math.abs(high), 1e-3) * 0.1]
-      : [low - (high - low) * 0.06, high + (high - low) * 0.06];
+    if (low === 0 && high === 0) return [0, 1];
+    const margin = low === high ? Math.abs(low) * 0.1 : (high - low) * 0.06;
+    return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin]; // no negative lengths on an axis
   };
   const chart = new uPlot({
     width: host.clientWidth,
     height: HEIGHT,
-    scales: { x: { time: false }, y: { range: edge } },
+    scales: { x: { time: false, range: (_, low, high) => [low - room, high + room] }, y: { range: edge } },
     axes: [{ ...axis, size: 28 }, { ...axis, size: 54, values: (_, ticks) => ticks.map((tick) => format(tick)) }],
     cursor: { sync: { key: "steps" }, points: { size: 6 }, y: false },
     series: [{ label: "step", value: (_, step) => format(step) }, ...series],

@@ -12,6 +12,8 @@ const VERDICTS = {
   unreplayed: "dropped: no replay fitted into the context",
 };
 
+const NEAR = 10; // others on the same question that are listed before and after one
+
 export async function experiences() {
   const [{ runs, figures }, table, rolled] = await Promise.all([load("overview"), load("experiences"), load("rollouts")]);
   const count = table.step.length;
@@ -19,6 +21,15 @@ export async function experiences() {
   const key = (i) => [names[i], table.step[i], table.place[i], table.number[i]].join("/");
   const groups = new Set(rolled.step.map((step, i) => [runs[rolled.run[i]].name, step, rolled.place[i]].join("/")));
   const curve = figures.find(({ metrics }) => metrics.some((metric) => metric.startsWith("nll/")))?.title;
+  const question = (row) => JSON.stringify([table.run[row], table.id[row]]);
+  const rows = Map.groupBy(table.id.keys(), question); // in the order of steps
+  const others = (row) => {
+    const all = rows.get(question(row));
+    const from = Math.max(0, Math.min(all.indexOf(row) - NEAR, all.length - 2 * NEAR - 1));
+    const near = all.slice(from, from + 2 * NEAR + 1);
+    const told = near.map((i) => ({ step: table.step[i], status: table.status[i], nll: table.nll[i], key: key(i), current: i === row }));
+    return { near: told, left: all.length - near.length };
+  };
   const record = async (row) => (await load(`experiences-${Math.floor(row / table.per_chunk)}`))[row % table.per_chunk];
   return viewer({
     name: "experience",
@@ -38,19 +49,18 @@ export async function experiences() {
       const { id, question, answer, wrong, right, reflection, replay } = await record(row);
       return [id, question, answer, wrong.text, right.text, reflection.text, replay?.text ?? ""];
     },
-    detail: async (row, words) => detail(await record(row), names[row], runs.length > 1, words, groups, curve),
+    detail: async (row, words) => detail(await record(row), names[row], runs.length > 1, words, { groups, curve, others: others(row) }),
   });
 }
 
-function detail(x, run, several, words, groups, curve) {
+function detail(x, run, several, words, { groups, curve, others }) {
   const group = [run, x.step, x.place].join("/");
   const marks = x.difference ? x.difference.map((span) => ({ ...span, kind: "difference", title: `the first difference: ${span.how}` })) : [null, null];
   const split = x.bifurcation ? { ...x.bifurcation, kind: "bifurcation", title: `bifurcation point: ${x.bifurcation.how}` } : null;
   return h("div.experience", {},
     h("h2", {}, h(`i.${x.status}`, {}, VERDICTS[x.status === "kept" && !x.replay?.correct ? "unproven" : x.status], x.reason ? ` (${x.reason})` : ""), ` step ${x.step} · ${x.id}`),
     h("p.meta", {}, [several ? run : "", x.family ? `family ${x.family}` : "", `NLL of M when written ${format(x.nll)} nats per token, ${x.reflection.tokens} tokens`].filter(Boolean).join(" · "),
-      groups.has(group) ? [" · ", h("a", { href: `#rollout=${encodeURIComponent(group)}` }, "all responses of this group")] : null,
-      curve ? [" · ", h("a", { href: `#charts=${encodeURIComponent(curve)}` }, "NLL in the updates, over the steps")] : null),
+      groups.has(group) ? [" · ", h("a", { href: `#rollout=${encodeURIComponent(group)}` }, "all responses of this group")] : null),
     h("h3", {}, "Question"), found(x.question, words),
     h("p.meta", {}, "gold answer: ", h("code", {}, x.answer)),
     h("div.pair", {},
@@ -60,7 +70,21 @@ function detail(x, run, several, words, groups, curve) {
     x.meta === null ? null : h("div.memo", {}, ["Bifurcation point s*", "Critique C", "Heuristics H"].map((title, i) => h("section", {}, h("h3", {}, title), found(x.meta[i], words)))),
     h("details", { open: x.meta === null }, h("summary", {}, "The reflection as it was written"), found(x.reflection.text, words)),
     h("h3", {}, "Replay, with M in its prompt"),
-    x.replay === null ? h("p.meta", {}, x.status === "malformed" ? "None: a malformed M is not replayed." : "None was made.") : solution(null, x.replay, [], words));
+    x.replay === null ? h("p.meta", {}, x.status === "malformed" ? "None: a malformed M is not replayed." : "None was made.") : solution(null, x.replay, [], words),
+    h("h3", {}, "NLL over the steps"), over(others),
+    h("p.meta", {}, "Each M is measured once, as it is written. What the updates made of all of them together: ",
+      curve ? h("a", { href: `#charts=${encodeURIComponent(curve)}` }, `chart "${curve}"`) : "not in this run's metrics", "."));
+}
+
+/** What was written about the same question, step by step. */
+function over({ near, left }) {
+  const most = Math.max(...near.map(({ nll }) => nll ?? 0), 1e-9);
+  return [h("table.over", {},
+    h("thead", {}, h("tr", {}, ["step", "verdict", "nats per token", ""].map((title) => h("th", {}, title)))),
+    h("tbody", {}, near.map(({ step, status, nll, key, current }) => h("tr", { ariaCurrent: String(current) },
+      h("td", {}, current ? `${step}, this one` : h("a", { href: `#experience=${encodeURIComponent(key)}` }, String(step))),
+      h("td", {}, h(`i.${status}`, {}, status)), h("td", {}, format(nll)), h("td", {}, h("meter", { min: 0, max: most, value: nll ?? 0 })))))),
+  left ? h("p.meta", {}, `${left} more on this question, further away, are in the list.`) : null];
 }
 
 function solution(title, s, marks, words) {

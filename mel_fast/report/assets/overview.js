@@ -41,6 +41,7 @@ export async function overview() {
     h("footer", {}, "Drag in a chart to zoom, double-click to go back. Click a name in a chart's legend to hide a line."),
   );
   for (const body of charts.keys()) { watch.observe(body); resize.observe(body); }
+  addEventListener("beforeprint", () => { for (const chart of charts.values()) if (chart.stale) draw(chart, data, state); });
   const follow = async (title) => {
     titles.get(title)?.scrollIntoView();
     return true;
@@ -157,7 +158,7 @@ function settings(data) {
   const table = (names, columns, value) => h("div.wide", {}, h("table", {},
     h("thead", {}, h("tr", {}, h("th", {}, "setting"), columns.map((column) => h("th", {}, column)))),
     h("tbody", {}, names.map((key) => h("tr", {}, h("td", {}, h("code", {}, key)), columns.map((_, i) => h("td", {}, h("code", {}, value(i, key)))))))));
-  const apart = differing.length === 0 ? null : h("details", { open: differing.length <= 6 }, h("summary", {}, `${plural(differing.length, "setting")} that differ`),
+  const apart = differing.length === 0 ? null : h("details", { open: differing.length <= 6 }, h("summary", {}, differing.length === 1 ? "1 setting that differs" : `${differing.length} settings that differ`),
     table(differing, data.groups.map((group) => group.label), (i, key) => data.groups[i].differs[key]));
   const all = keys.length === 0 ? null : h("details", {}, h("summary", {}, "All settings"),
     table(keys, data.runs.map((run) => run.name), (i, key) => data.runs[i].settings[key] ?? "–"));
