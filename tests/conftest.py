@@ -13,7 +13,7 @@ if (
 ):  # kernels run in Triton's interpreter; read when triton is first imported, so set first
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from support import make_model
+from support import make_model, torchrun
 from transformers import PreTrainedTokenizerBase
 
 from mel_fast.distributed import World
@@ -42,3 +42,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 @pytest.fixture
 def world() -> World:
     return World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The embedded world is in the cache. Made with all cores, unlike everything after it."""
+    folder = tmp_path_factory.mktemp("warm")
+    options = (f"--run.folder={folder}", "--run.steps=1", "--run.mode=rollout", "--eval.at_ends=false")
+    result = torchrun(1, "-m", "mel_fast.train", *options, env={"OMP_NUM_THREADS": str(os.cpu_count())}, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]

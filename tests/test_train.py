@@ -28,7 +28,7 @@ COMMON = (
     "--eval.sets=[{path: '{tiny}/heldout.jsonl'}]",
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_world")]
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -48,15 +48,6 @@ def train(folder: Path, *options: str, steps: int = STEPS) -> Path:
     status = main([f"--run.folder={folder}", f"--run.steps={steps}", *COMMON, *options])
     assert status == 0
     return (folder / "latest").resolve()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world_is_built(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """With all cores, unlike everything after it."""
-    folder = tmp_path_factory.mktemp("warm")
-    options = (f"--run.folder={folder}", "--run.steps=1", "--run.mode=rollout", "--eval.at_ends=false")
-    result = torchrun(1, "-m", "mel_fast.train", *options, env={"OMP_NUM_THREADS": str(os.cpu_count())}, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
