@@ -9,6 +9,7 @@ B sequences in a batch, P longest prompt, V vocabulary.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class LocalEngine:
         self.version = 0
         self._stop_ids = torch.tensor(list(stop_ids), device=model.device)
         self._max_batch = max_batch
+        arguments = inspect.signature(model.forward).parameters
+        self._cache_argument = "cache" if "cache" in arguments else "past_key_values"  # the name before 5.24
         self._open = 0
         self._waiting: list[tuple[Sequence[Request], asyncio.Future[list[Completion]]]] = []
 
@@ -107,9 +110,9 @@ class LocalEngine:
                     input_ids=input_ids,
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
+                    **{self._cache_argument: cache},
                 )
                 .logits[:, -1]
                 .float()
