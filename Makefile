@@ -51,8 +51,7 @@ gpu-site:
 		--no-compile --upgrade --target build/site build/wheels/*.whl; fi
 
 gpu-tests: gpu-site
-	$(PYTEST) --confcutdir=tests/kernels -m gpu tests/kernels
-	$(PYTEST) --confcutdir=tests/gpu -m gpu tests/gpu
+	$(PYTEST) --confcutdir=tests/gpu --continue-on-collection-errors -m gpu tests/kernels tests/gpu
 
 gpu-run: gpu-site
 	$(ALONE) -m benchmarks.mel_run $(RUN_ARGS)

@@ -132,9 +132,9 @@ def fill(model: PreTrainedModel, config: ModelConfig, world: World) -> None:
 def _one_clear_error(config: ModelConfig) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # not there; there, but nothing that transformers knows
         what = (
-            "no checkpoint in that folder"
+            "no checkpoint in that folder that transformers knows"
             if Path(config.path).is_dir()
             else "no such folder, and the hub has no such name"
         )

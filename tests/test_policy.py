@@ -298,6 +298,9 @@ def test_bf16_compute_keeps_float32_master_weights(model_folder: Path) -> None:
 def test_a_missing_model_is_one_clear_error(world: World, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.path=.*nowhere.*no such folder"):
         load_policy(ModelConfig(path=str(tmp_path / "nowhere")), world)
+    (tmp_path / "config.json").write_text('{"model_type": "nobodys"}')
+    with pytest.raises(InputError, match=r"model\.path=.*no checkpoint in that folder that transformers knows"):
+        load_policy(ModelConfig(path=str(tmp_path)), world)
 
 
 def test_buffers_keep_their_precision_in_a_16_bit_model(model_folder: Path) -> None:
