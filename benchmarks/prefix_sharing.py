@@ -2,6 +2,7 @@
 
     python -m benchmarks.prefix_sharing                      # all scenarios: half an hour on two cores
     python -m benchmarks.prefix_sharing --only "at once" --repeats 1
+    python -m benchmarks.prefix_sharing --resume                     # what is not in the file yet
 
 Real SGLang servers on the CPU with a tiny model and an imposed minimum time of each forward pass (timed_servers), the
 reflections of a step as prompts (prefix_workload), sent through the trainer's own engine in several ways
@@ -85,8 +86,12 @@ class Site:
             yield engine, servers
 
 
-def run(scenarios: Sequence[Scenario], repeats: int, queries: int, command: str, path: Path) -> dict[str, Any]:
-    """All of them; the file is complete after each."""
+def run(scenarios: Sequence[Scenario], repeats: int, queries: int, command: str, path: Path, resume: bool) -> None:
+    """All of them; the file is complete after each.
+
+    Args:
+        resume: keep the scenarios that the file has.
+    """
     torch.set_num_threads(1)
     work, rollouts = make_queries(queries, NEW_TOKENS), make_rollouts(32, ROLLOUT_TOKENS)
     report: dict[str, Any] = {
@@ -101,6 +106,13 @@ def run(scenarios: Sequence[Scenario], repeats: int, queries: int, command: str,
         "pool_tokens": {"small": SMALL_POOL, "other": POOL},
         "scenarios": [],
     }
+    if resume and path.exists():
+        before = json.loads(path.read_text())
+        if before["workload"] != report["workload"]:
+            raise SystemExit(f"{path}: its workload is another one")
+        report |= {"scenarios": before["scenarios"], "command": f"{before['command']}, then {command}"}
+        done = {found["name"] for found in before["scenarios"]}
+        scenarios = [scenario for scenario in scenarios if scenario.name not in done]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         site = Site(folder, save_model(folder), scenarios)
@@ -122,7 +134,6 @@ def run(scenarios: Sequence[Scenario], repeats: int, queries: int, command: str,
                 )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(report, indent=1) + "\n")
-    return report
 
 
 def _summary(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -136,6 +147,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="of each arm, in turn; restarts are run once")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/prefix-sharing-cpu-<date>.json")
+    parser.add_argument("--resume", action="store_true", help="keep the scenarios that the file has, add the others")
     options = parser.parse_args()
     scenarios = [s for s in SCENARIOS if not options.only or any(text in s.name for text in options.only)]
     if not scenarios:
@@ -143,7 +155,7 @@ def main() -> int:
     today = datetime.datetime.now(datetime.UTC).date()
     path = options.out or Path(__file__).parent / "results" / f"prefix-sharing-cpu-{today}.json"
     command = shlex.join(["python", "-m", "benchmarks.prefix_sharing", *sys.argv[1:]])
-    run(scenarios, options.repeats, options.queries, command, path)
+    run(scenarios, options.repeats, options.queries, command, path, options.resume)
     print("written: " + ", ".join(map(str, [path, *write(path)])))
     return 0
 
