@@ -60,10 +60,12 @@ def spelt(annotation: Any) -> str:
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def limits(field: FieldInfo) -> str:
+def typed(field: FieldInfo) -> str:
+    """The type, with its limits: `number > 0 or null`."""
     found = [f"{sign} {getattr(one, name):g}" for one in field.metadata for name, sign in COMPARED.items()
              if getattr(one, name, None) is not None]  # fmt: skip
-    return (", " if found else "") + ", ".join(found)
+    kind, null, _ = spelt(field.annotation).partition(" or null")
+    return f"{kind} {' and '.join(found)}".strip() + null
 
 
 def default(field: FieldInfo) -> str:
@@ -94,7 +96,7 @@ def section(name: str, model: type[BaseModel]) -> str:
             shown = "below"
         else:
             shown = f"`{value}`" if value else "needed"
-        cells = (f"`{name}.{key}`", spelt(field.annotation) + limits(field), shown, said)
+        cells = (f"`{name}.{key}`", typed(field), shown, said)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     documented = inspect.cleandoc(vars(model).get("__doc__") or "")
     table = ["| key | type | default | what it does |", "|---|---|---|---|", *rows]

@@ -33,7 +33,7 @@ class EvalConfig(BaseModel):
     every: int = Field(default=20, ge=0, description="steps between evaluations; 0: never during training")
     at_ends: bool = Field(default=True, description="evaluate before the first step and after the last")
     samples: int = Field(default=8, ge=1, description="k of Avg@k and Pass@k")
-    temperature: float = Field(default=0.6, gt=0)
+    temperature: float = Field(default=0.6, gt=0, description="of the drawn answers")
     max_new_tokens: int | None = Field(default=None, ge=1, description="null: rollout.max_new_tokens")
 
     @model_validator(mode="after")

@@ -24,12 +24,12 @@ class MelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = True
+    enabled: bool = Field(default=True, description="false: plain RL")
     pairs_per_prompt: int = Field(
         default=2, ge=1, description="contrasts of a wrong with a right solution, per mixed group"
     )
-    reflection_temperature: float = Field(default=1.0, gt=0)
-    replay_temperature: float = Field(default=1.0, gt=0)
+    reflection_temperature: float = Field(default=1.0, gt=0, description="of sampling a meta-experience")
+    replay_temperature: float = Field(default=1.0, gt=0, description="of sampling a replay")
     validate_by_replay: bool = Field(
         default=True, description="keep M only if the replay verifies; false is a control experiment"
     )

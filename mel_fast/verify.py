@@ -46,9 +46,9 @@ log = logging.getLogger(__name__)
 class VerifyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int = Field(default=2, ge=1)
+    workers: int = Field(default=2, ge=1, description="processes")
     timeout_s: float = Field(default=10.0, gt=0, description="deadline for one answer, from when a worker takes it")
-    function: str | None = Field(default=None, description='reward function as "module:function"; None: Math-Verify')
+    function: str | None = Field(default=None, description='reward function as "module:function"; null: Math-Verify')
     correct_at: float = Field(default=1.0, description="reward from which a response counts as right")
     max_chars: int = Field(default=10_000, ge=100, description="how much of a response is parsed, counted from its end")
 

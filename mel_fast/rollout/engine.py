@@ -26,10 +26,12 @@ class RolloutConfig(BaseModel):
         description="sync: strictly on-policy; async: the next step is sampled, by weights at most one step old, while "
         "this one trains",
     )
-    prompts_per_step: int = Field(default=128, ge=1)
+    prompts_per_step: int = Field(default=128, ge=1, description="prompts of a step")
     group_size: int = Field(default=8, ge=1, description="G: responses per prompt")
-    temperature: float = Field(default=1.0, gt=0)
-    max_prompt_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, gt=0, description="of sampling responses")
+    max_prompt_tokens: int = Field(
+        default=1024, ge=1, description="of a problem's prompt; reflections and replays may be longer"
+    )
     max_new_tokens: int = Field(default=4096, ge=1, description="per response, reflection or replay")
     long_prompts: Literal["error", "drop"] = Field(
         default="error", description="what to do with prompts over max_prompt_tokens"
