@@ -9,9 +9,10 @@ from mel_fast.rollout.prefixes import as_bytes, common_tokens
 
 
 class RadixServer:
-    """`batches` holds, for each step, the prompts and how many tokens of each were cached."""
+    """`batches` holds, for each step, the prompts and how many tokens of each were cached: whole pages."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: int = 1) -> None:
+        self.page = page
         self.cache: set[bytes] = set()
         self.batches: list[list[tuple[list[int], int]]] = []
         self._waiting: list[tuple[list[int], asyncio.Future[int]]] = []
@@ -42,7 +43,7 @@ class RadixServer:
 
     def cached(self, prompt: list[int]) -> int:
         most = max((common_tokens(as_bytes(prompt), other) for other in self.cache), default=0)
-        return min(most, len(prompt) - 1)
+        return min(most, len(prompt) - 1) // self.page * self.page
 
     def saved(self) -> int:
         return sum(cached for batch in self.batches for _, cached in batch)

@@ -273,6 +273,26 @@ def test_evicted_prefixes_are_noticed_and_elect_leaders_again() -> None:
     asyncio.run(run())
 
 
+def test_pages_that_are_shared_in_part_only_are_not_taken_for_evicted() -> None:
+    """The second wave gets 8 of the 10 tokens it shares. Who shares more with the first is still sent at once."""
+
+    async def run() -> list[list[int]]:
+        gate, server = PrefixGate(PATIENT, min_tokens=4), RadixServer(page=4)
+        first = list(range(20))
+        for prompt in (first, [*first[:10], 50, 51]):
+            (task,) = starting(gate, server, prompt)
+            await settle()
+            server.step()
+            await task
+        tasks = starting(gate, server, [*first, 60], [*first, 61])
+        await settle()
+        server.step()
+        await asyncio.gather(*tasks)
+        return [[cached for _, cached in batch] for batch in server.batches]
+
+    assert asyncio.run(run()) == [[0], [8], [20, 20]]
+
+
 # --- the window -------------------------------------------------------------------------------------------------------
 
 

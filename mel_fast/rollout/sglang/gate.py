@@ -18,7 +18,8 @@ from mel_fast.rollout.prefixes import PrefixSet
 class PrefixGate:
     """Args:
     patience_s: the longest a request waits in all, before it goes without its prefix.
-    min_tokens: fewest tokens, beyond those that are cached already, that are worth waiting for.
+    min_tokens: fewest tokens, beyond those that are cached already, that are worth waiting for; no fewer than the pages
+        of the cache have, as only whole pages are shared.
     """
 
     def __init__(self, patience_s: float, min_tokens: int) -> None:
@@ -43,7 +44,7 @@ class PrefixGate:
             if self._done.get(prompt) is not event:
                 return  # the cache was flushed since
             self._resign(prompt)
-            if cached < expected:  # evicted: what lay beyond is not to be waited or hoped for
+            if cached + self.min_tokens <= expected:  # evicted: what lay beyond is not to be hoped for
                 self._cached.forget(prompt, beyond=cached)
             self._cached.add(prompt)
 
