@@ -6,7 +6,7 @@ process   launching one server
 client    the HTTP calls
 gate      who goes first, so that no prefix is computed twice
 server    one server: alive, lost, restored
-publish   the policy's weights to the servers
+transport, group, receivers, publisher   the policy's weights to the servers
 engine    all servers together: placement, publication, faults
 
 SGLang is never imported here. It lives in an environment of its own (`make sglang`) or on another host.

@@ -14,6 +14,7 @@ from mel_fast.errors import EngineError, InputError
 from mel_fast.types import Completion, Request, VersionSpan
 
 NEVER = 2**31 - 1  # tokens between two streamed chunks: the first comes at once, then only the last
+UNAVAILABLE = (502, 503, 504)  # a server on its way down, or a proxy that does not reach it: as good as no connection
 
 
 class Client:
@@ -44,6 +45,8 @@ class Client:
             "sampling_params": {
                 "max_new_tokens": request.max_new_tokens,
                 "temperature": request.temperature,
+                "top_p": 1.0,  # said, because a server may have been started with other defaults
+                "top_k": -1,
                 "stop_token_ids": self.stop_ids,
                 "sampling_seed": request.seed % 2**31,  # heeded by servers with --enable-deterministic-inference
                 "stream_interval": NEVER,
@@ -100,12 +103,12 @@ class Client:
             return answer
 
     async def info(self) -> dict[str, Any]:
+        """What the server says of itself."""
         async with self.http.get(f"{self.url}/server_info", timeout=aiohttp.ClientTimeout(total=30)) as response:
+            text = await response.text()
             if response.status >= 400:
-                raise EngineError(
-                    f"{self.url}/server_info answered {response.status}: {_message(await response.text())}"
-                )
-            return await response.json()
+                raise EngineError(f"{self.url}/server_info answered {response.status}: {_message(text)}")
+            return json.loads(text)
 
     async def healthy(self, patience_s: float, alive: Callable[[], bool]) -> bool:
         """Whether it generates a token (or is busy with others') within `patience_s` and while `alive()`."""
@@ -122,6 +125,8 @@ class Client:
         return False
 
     def _refusal(self, path: str, status: int, text: str) -> Exception:
+        if status in UNAVAILABLE:
+            return aiohttp.ClientPayloadError(f"{self.url}{path} answered {status}: {_message(text)}")
         if status >= 500:
             return EngineError(f"{self.url}{path} answered {status}: {_message(text)}")
         return InputError(f"{self.url} refused a request ({status}): {_message(text)}")

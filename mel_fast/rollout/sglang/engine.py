@@ -7,6 +7,7 @@ while the trainer computes.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections import Counter
@@ -25,10 +26,11 @@ from mel_fast.rollout.sglang.client import Client
 from mel_fast.rollout.sglang.config import SGLangConfig
 from mel_fast.rollout.sglang.process import ServerProcess
 from mel_fast.rollout.sglang.publisher import Publisher
-from mel_fast.rollout.sglang.server import Server, ServerLost
+from mel_fast.rollout.sglang.server import Server, ServerLost, epitaph
 from mel_fast.rollout.sglang.transport import Copy, choose_root
 from mel_fast.types import Completion, Request
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 FAULTS = 8  # connection faults of one request at servers that are healthy: then something else is wrong
 
@@ -88,11 +90,13 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Ends what this run launched. Attached servers stay as they are."""
+        self.publisher.leave()
         self._call(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        self.publisher.close()
+        if self.publisher.copy is not None:
+            self.publisher.copy.close()
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine`. Requests under way are computed anew and go on with the new weights."""
@@ -116,11 +120,11 @@ class SGLangEngine:
         try:
             yield session
         finally:
-            session.leave()
+            self._loop.call_soon_threadsafe(session.leave)
 
     async def complete(self, session: SGLangSession, request: Request) -> Completion:
         """One completion, whatever becomes of the servers meanwhile. In the engine's loop."""
-        faults = 0
+        attempts = faults = 0
         while True:
             server = await self.seat(session)
             oldest = self.publisher.version
@@ -131,15 +135,17 @@ class SGLangEngine:
                 continue
             except (aiohttp.ClientError, OSError) as error:
                 self._counts["retried"] += 1
-                if await server.checked():
+                attempts += 1
+                if await server.checked() and not server.quiet:
                     faults += 1
                 if faults > FAULTS:
                     raise EngineError(
-                        f"{server.name}: {faults} connection faults in a row though it is healthy; the last: {error!r}"
-                    ) from error
-                await asyncio.sleep(min(5.0, 0.1 * 2**faults))
+                        f"{server.name}: {faults} connection faults of one request though it is healthy; the last: "
+                        f"{type(error).__name__}: {error}"  # not its repr, which can contain the API key
+                    ) from None
+                await asyncio.sleep(min(5.0, 0.1 * 2**attempts))
                 continue
-            if all(oldest <= version <= self.publisher.version for version, _ in completion.versions):
+            if all(oldest <= version <= self.publisher.newest for version, _ in completion.versions):
                 return completion
             self._counts["retried"] += 1
             server.condemn(f"it serves other weights than those published ({completion.versions[0][0]})")
@@ -151,7 +157,7 @@ class SGLangEngine:
             if ready:
                 session.move(min(ready, key=lambda server: server.sessions))
             elif all(server.gone.is_set() for server in self.servers):
-                raise EngineError("no rollout server is left; see the messages above")
+                raise EngineError(epitaph(self.servers))
             else:
                 await self._changed.wait()
         return session.server
@@ -171,7 +177,8 @@ class SGLangEngine:
         if self.config.api_key_variable and not key:
             raise InputError(f"rollout.sglang.api_key_variable={self.config.api_key_variable} is not set")
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            # Servers drop connections that were idle for 5 s: ours must be gone before, or a request meets a dead one.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30),
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
@@ -180,7 +187,7 @@ class SGLangEngine:
         for url in () if self.processes else self.config.urls:
             self._add(url, url, None)
         await asyncio.gather(*(self._start(server) for server in self.servers))
-        self._watching = [asyncio.create_task(server.watch()) for server in self.servers]
+        self._watching = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
     def _add(self, name: str, url: str, process: ServerProcess | None) -> None:
         assert self._http is not None
@@ -191,6 +198,13 @@ class SGLangEngine:
         await server.start()
         await self.publisher.restore(server)
 
+    async def _watch(self, server: Server) -> None:
+        try:
+            await server.watch()
+        except Exception as error:  # of ours: without this nobody would bring it back, and sessions would wait forever
+            log.exception("%s is not looked after any more", server.name)
+            await server.give_up(f"{type(error).__name__}: {error}")
+
     def _server_changed(self, server: Server) -> None:
         if not server.ready.is_set() and not server.gone.is_set():
             self._counts["lost"] += 1
@@ -198,16 +212,22 @@ class SGLangEngine:
         changed.set()
 
     async def _close(self) -> None:
-        for task in self._watching:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
             task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
+        await asyncio.gather(*others, return_exceptions=True)
         await asyncio.gather(*(asyncio.to_thread(process.stop) for process in self.processes))
         if self._http is not None:
             await self._http.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs it in the engine's loop, from another thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
 
     async def elsewhere(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs it in the engine's loop, from another loop."""

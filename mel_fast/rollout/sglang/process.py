@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,10 +11,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from mel_fast.errors import InputError
+from mel_fast.errors import EngineError, InputError
 from mel_fast.rollout.sglang.config import SGLangConfig
 
 HERE = Path(__file__).parent
+PORTS = range(20000, 22000)
 # torchrun's, which would make the server take part in the trainer's group; and what is meant for the trainer's Python.
 NOT_FOR_SERVERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "PYTHON", "TRITON_")
 
@@ -40,16 +42,14 @@ class ServerProcess:
 
     def start(self) -> None:
         """On a free port of the loopback interface."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "keeper.py"), *self.command(port)],
+                [sys.executable, str(HERE / "keeper.py"), str(os.getpid()), *self.command(port)],
                 env=self.environment(),
-                stdin=subprocess.PIPE,  # closed by our end, whatever that is: then the keeper ends the server
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -69,8 +69,7 @@ class ServerProcess:
         """Ends the server in good order, or by force after a while."""
         if self._process is None:
             return
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(20)
         self.kill()
@@ -105,6 +104,15 @@ class ServerProcess:
         if self.gpus:
             return kept | {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
         return {"OMP_NUM_THREADS": "1"} | kept | {"PYTHONPATH": str(HERE / "cpu_shims"), "SGLANG_USE_CPU_ENGINE": "1"}
+
+
+def _free_port() -> int:
+    """Not from the range that the system takes the ports of outgoing connections from: it is bound only much later."""
+    for port in random.SystemRandom().sample(PORTS, 64):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise EngineError(f"no free port among {PORTS.start}-{PORTS.stop - 1} for a rollout server")
 
 
 def find_python(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""How the policy's weights travel to the servers: as files, over HTTP, or through a process group.
+"""How the policy's weights travel to the servers as files or over HTTP; `group.py` has the third way.
 
 Every way sends the same buckets of (name, tensor), full tensors under transformers' parameter names. `Copy` is also
 what a lost server is restored from.
@@ -11,20 +11,16 @@ import io
 import os
 import pickle
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from mel_fast.errors import EngineError
@@ -157,82 +153,3 @@ class _HandlePickler(ForkingPickler):
             uuid = str(torch.cuda.get_device_properties(arguments[device]).uuid)
             return rebuild, (*arguments[:device], uuid, *arguments[device + 1 :])
         return NotImplemented
-
-
-class Group:
-    """A process group of the trainer's rank 0 and all ranks of the servers, for weights alone.
-
-    Args:
-        name: unique in the run.
-        clients: of the servers.
-        tp: ranks of each server.
-        device: of the weights: NCCL for CUDA, gloo for a CPU.
-    """
-
-    def __init__(self, name: str, clients: list[Client], tp: int, device: torch.device, timeout_s: float) -> None:
-        self.name, self.clients, self.tp = name, clients, tp
-        self.backend = "nccl" if device.type == "cuda" else "gloo"
-        self.timeout = timedelta(seconds=timeout_s)
-        self.world_size = 1 + tp * len(clients)
-        self.address = _own_address(clients[0].url)
-        self.store = TCPStore(
-            self.address, 0, self.world_size, is_master=True, timeout=self.timeout, wait_for_workers=False
-        )
-        self.group: Any = None
-
-    def joining(self, place: int) -> dict[str, object]:
-        """What the server at this place of `clients` is told at /init_weights_update_group."""
-        return {
-            "master_address": self.address,
-            "master_port": self.store.port,
-            "rank_offset": 1 + self.tp * place,
-            "world_size": self.world_size,
-            "group_name": self.name,
-            "backend": self.backend,
-        }
-
-    def join(self) -> None:
-        """Blocks until the servers have joined."""
-        # torch's public constructors register a group with the default world, to which the servers do not belong;
-        # every trainer that talks to inference servers uses this helper, and the servers use it themselves.
-        from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
-
-        self.group, _ = _new_process_group_helper(
-            self.world_size,
-            0,
-            [],
-            Backend(self.backend),
-            PrefixStore(self.name, self.store),
-            group_name=self.name,  # pyright: ignore[reportArgumentType]  # a NewType of str
-            timeout=self.timeout,
-        )
-        _world.pg_group_ranks[self.group] = {rank: rank for rank in range(self.world_size)}
-
-    def broadcast(self, bucket: Bucket) -> None:
-        works = [dist.broadcast(tensor, src=0, group=self.group, async_op=True) for _, tensor in bucket]
-        for work in works:
-            assert work is not None
-            work.wait()
-
-    def announce(self, bucket: Bucket, version: int | None) -> dict[str, object]:
-        """The body of /update_weights_from_distributed that goes with `broadcast`."""
-        last: dict[str, object] = {} if version is None else {"weight_version": str(version)}
-        return {
-            "names": [name for name, _ in bucket],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-            "group_name": self.name,
-            "flush_cache": version is not None,
-        } | last
-
-    def leave(self) -> None:
-        if self.group is not None:
-            dist.destroy_process_group(self.group)
-
-
-def _own_address(url: str) -> str:
-    """Our address as a server at `url` sees it."""
-    host, _, port = url.split("//", 1)[1].partition("/")[0].rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host.strip("[]"), int(port)))  # sends nothing: it only looks the route up
-        return probe.getsockname()[0]

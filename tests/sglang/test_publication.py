@@ -1,0 +1,126 @@
+"""After weights are published, the servers sample from them and from nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sglang_support import (
+    Attach,
+    ask,
+    assert_sampled_by,
+    generate,
+    logprobs,
+    policy,
+    requests,
+)
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mel_fast.errors import EngineError
+from mel_fast.rollout.sglang.engine import SGLangEngine
+from mel_fast.rollout.sglang.transport import send_files
+from mel_fast.types import Completion, Request
+
+WAYS = ("disk", "tensor", "group")
+
+
+def weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_server_samples_from_the_new_weights_and_from_no_old_prefix(
+    attach: Attach, tokenizer: PreTrainedTokenizerBase, way: str
+) -> None:
+    engine = attach(servers=2, weights=way, bucket_mib=1)
+    asked = requests(4)
+    for version in (1, 2):  # the second time a group is there already
+        generate(engine, *([request] for request in asked))  # their prefixes are cached now
+        model = policy(tokenizer, version)
+        engine.load(weights(model), version)
+        done = [completions[0] for completions in generate(engine, *([request] for request in asked))]
+        assert [c.cached_tokens for c in done] == [0] * len(asked)
+        assert [c.versions for c in done] == [[(version, len(c.output_ids))] for c in done]
+        assert_sampled_by(model, asked, done)
+    assert engine.take_metrics() == pytest.approx(
+        {"engine/lost": 0, "engine/moved": 0, "engine/retried": 0, "engine/impatient": 0, "engine/servers": 2}
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_requests_under_way_go_on_with_the_new_weights_and_say_from_which_token(
+    attach: Attach, tokenizer: PreTrainedTokenizerBase, way: str
+) -> None:
+    old, new = policy(tokenizer, 3), policy(tokenizer, 4)
+    engine = attach(weights=way)
+    engine.load(weights(old), 3)
+    asked = [replace(request, max_new_tokens=400) for request in requests(6, length=30)]
+    done = while_generating(engine, asked, lambda: engine.load(weights(new), 4))
+    mixed = [c for c in done if len(c.versions) == 2]
+    assert mixed, [c.versions for c in done]
+    for request, completion in zip(asked, done, strict=True):
+        assert sum(count for _, count in completion.versions) == len(completion.output_ids)
+        start = 0
+        for version, count in completion.versions:
+            expected = logprobs(old if version == 3 else new, request, completion)[start : start + count]
+            got = torch.tensor(completion.logprobs[start : start + count])
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            start += count
+    assert {version for completion in mixed for version, _ in completion.versions} == {3, 4}
+
+
+def test_a_server_that_holds_other_weights_than_its_peer_is_found_by_its_checksum_and_repaired(
+    attach: Attach, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = attach(servers=2, weights="tensor")
+    spoil_before_checksums(monkeypatch, engine, policy(tokenizer, 9), tmp_path / "other")
+    model, asked = policy(tokenizer, 6), requests(4)
+    engine.load(weights(model), 6)
+    done = [completions[0] for completions in generate(engine, *([request] for request in asked))]
+    assert_sampled_by(model, asked, done)
+    assert [c.versions[0][0] for c in done] == [6] * 4
+
+
+def test_servers_that_differ_and_cannot_be_repaired_end_the_run(
+    attach: Attach, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = attach(servers=2, weights="tensor", recovery_copy=False)
+    spoil_before_checksums(monkeypatch, engine, policy(tokenizer, 9), tmp_path / "other")
+    with pytest.raises(EngineError, match="servers hold different weights of version 6"):
+        engine.load(weights(policy(tokenizer, 6)), 6)
+    with pytest.raises(EngineError, match=r"no rollout server is left.*recovery_copy=false"):
+        generate(engine, requests(1))  # whoever goes on in spite of that gets no samples of unknown weights
+
+
+def while_generating(engine: SGLangEngine, asked: Sequence[Request], action: Callable[[], None]) -> list[Completion]:
+    """Completions of requests that were under way when the action began."""
+    done: list[Completion] = []
+    thread = threading.Thread(target=lambda: done.extend(asyncio.run(ask(engine, asked))))
+    thread.start()
+    while sum(server.running for server in engine.servers) < len(asked):
+        thread.join(0.01)
+    thread.join(0.1)  # some tokens
+    action()
+    thread.join()
+    return done
+
+
+def spoil_before_checksums(
+    monkeypatch: pytest.MonkeyPatch, engine: SGLangEngine, other: PreTrainedModel, folder: Path
+) -> None:
+    """Once, the last server loads another model just before the checksums are compared."""
+    other.save_pretrained(folder)
+    compare, server = engine.publisher._verify, engine.servers[-1]
+
+    async def spoil_and_compare() -> None:
+        monkeypatch.undo()
+        await send_files(server.client, folder, 6, 60)
+        await compare()
+
+    monkeypatch.setattr(engine.publisher, "_verify", spoil_and_compare)
