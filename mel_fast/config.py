@@ -98,6 +98,15 @@ class Config(BaseModel):
         default=None, description="build the embedded world first; `{tiny}` in paths then stands for its folder"
     )
 
+    @model_validator(mode="after")
+    def _async_is_off_policy(self) -> Config:
+        if self.rollout.mode == "async" and self.objective.tis_cap is None and self.objective.algorithm != "rft":
+            raise ValueError(
+                "rollout.mode=async samples from weights up to one update old: set objective.tis_cap (2 is usual; gspo "
+                "takes none, so it needs rollout.mode=sync)"
+            )
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 

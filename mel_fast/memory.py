@@ -93,7 +93,7 @@ class Planner:
             "gradients": share,
             "optimizer": 2 * share,
             "reference": frozen,
-            "engine (rank 0)": self.engine,
+            "engine": self.engine,
         }
 
     def moments(self, tokens: int, rows: int | None = None) -> dict[str, float]:

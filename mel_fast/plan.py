@@ -115,10 +115,9 @@ def count_parameters(shape: Any) -> int:
 def memory(config: Config, shape: Any, parameters: int, ranks: int) -> list[str]:
     """Memory of rank 0, and the token budget that would fit. On a GPU these figures have not been checked yet; against
     the same update on fake tensors they are within 10%."""
-    width = 4 if config.rollout.dtype == "float32" else 2
-    engine = 0 if config.run.mode == "train" else width * parameters
-    reference = config.objective.kl_coef > 0
-    planner = Planner.of(config.model, shape, ranks, reference=reference, engine=float(engine))
+    device, reference = device_memory(config), config.objective.kl_coef > 0
+    engine, uncounted = engine_memory(config, parameters, device)
+    planner = Planner.of(config.model, shape, ranks, reference=reference, engine=engine)
     budget = config.optim.token_budget
     parts, moments = planner.resident(), planner.moments(budget)
     worst = max(moments, key=moments.__getitem__)
@@ -129,7 +128,9 @@ def memory(config: Config, shape: Any, parameters: int, ranks: int) -> list[str]
         lines.append(
             f"  {'host memory':<18} {16 * parameters / ranks / GIB:,.2f} GiB for weights, gradients, optimizer"
         )
-    if (device := device_memory(config)) is None:
+    if uncounted:
+        lines.append(f"  note: {uncounted}")
+    if device is None:
         lines.append("  note: no GPU here; --run.device_memory_gib=80 says which token budget would fit one of 80 GiB")
     elif largest := planner.largest_budget(device):
         lines.append(
@@ -141,6 +142,21 @@ def memory(config: Config, shape: Any, parameters: int, ranks: int) -> list[str]
             "model.checkpointing=full or model.offload=true"
         )
     return lines
+
+
+def engine_memory(config: Config, parameters: int, device: float | None) -> tuple[float, str]:
+    """Bytes that the engine holds on a rank's device during an update, and what is not counted in them."""
+    rollout, servers = config.rollout, config.rollout.sglang
+    weights = parameters * (4.0 if rollout.dtype == "float32" else 2.0)
+    if config.run.mode == "train" or (rollout.engine == "sglang" and (servers.urls or servers.release_memory)):
+        return 0.0, ""
+    if rollout.engine == "local":
+        return weights, ""
+    if servers.gpus is not None:
+        return 0.0, "the servers' GPUs (rollout.sglang.gpus) are taken to be others than the trainer's"
+    if device is not None and servers.memory_fraction is not None:
+        return servers.memory_fraction * device, ""
+    return weights / servers.tp, "the servers' KV pool is not counted; set rollout.sglang.memory_fraction"
 
 
 def device_memory(config: Config) -> float | None:

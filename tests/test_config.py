@@ -225,6 +225,28 @@ def test_a_bad_template_is_named_once(small: str) -> None:
     assert refusal(small, "--prompts.solve=hello").count("prompts.solve") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rollout.mode=async"], "rollout.mode=async needs rollout.engine=sglang"),
+        (
+            ["--rollout.mode=async", "--rollout.engine=sglang"],
+            "set objective.tis_cap",
+        ),
+        (
+            ["--rollout={engine: sglang, mode: async, sglang: {release_memory: true}}", "--objective.tis_cap=2"],
+            "release_memory needs rollout.mode=sync",
+        ),
+        (["--rollout.sglang={urls: [host:30000]}"], "'host:30000' is not a URL"),
+        (["--rollout.sglang={urls: ['http://a:1', 'http://a:1']}"], "named twice"),
+        (["--rollout.sglang={urls: ['http://a:1'], servers: 2}"], "rollout.sglang.servers is for launched servers"),
+        (["--rollout.sglang={gpus: [0, 1, 2], tp: 2}"], "not a multiple of tp=2"),
+    ],
+)
+def test_settings_of_rollout_servers_that_do_not_go_together(small: str, options: list[str], message: str) -> None:
+    assert message in refusal(small, *options)
+
+
 # --- the resolved configuration ---------------------------------------------------------------------------------------
 
 
@@ -342,3 +364,18 @@ def test_the_command_ends_with_0_or_with_2_and_one_line_of_error(small: str) -> 
     out, errors = failed.communicate(timeout=120)
     assert (failed.returncode, out) == (2, "")
     assert errors.splitlines() == [f"error: {small}: unknown key 'run.step'; did you mean 'run.steps'?"]
+
+
+@pytest.mark.parametrize(
+    ("rollout", "engine"),
+    [
+        ("{engine: local, dtype: bfloat16}", "1.11 GiB"),
+        ("{engine: sglang, sglang: {memory_fraction: 0.5}}", "40.00 GiB"),
+        ("{engine: sglang, sglang: {memory_fraction: 0.5, release_memory: true}}", "0.00 GiB"),
+        ("{engine: sglang, sglang: {urls: ['http://host:30000']}}", "0.00 GiB"),
+    ],
+)
+def test_the_plan_counts_what_the_engine_holds_during_an_update(small: str, rollout: str, engine: str) -> None:
+    options = ("--model.path=Qwen/Qwen3-0.6B-Base", "--run.device_memory_gib=80", f"--rollout={rollout}")
+    lines = {line[1:20].strip(): line[21:].strip() for line in plan(load(small, *options)).splitlines()}
+    assert lines["engine"] == engine

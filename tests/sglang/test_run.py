@@ -19,6 +19,7 @@ STEPS = 6
 COMMON = (
     "--rollout.engine=sglang",
     "--rollout.sglang.health_every_s=1",
+    "--rollout.sglang.gate_min_tokens=1",  # prompts are short here
     f"--run.steps={STEPS}",
     "--run.checkpoint_every=2",
     "--eval.every=0",
