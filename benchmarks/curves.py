@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from transformers import Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.loss_measure import machine
 from benchmarks.train_step_workload import SHAPES, make_episodes
@@ -124,6 +125,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    disable_progress_bar()
     missed = 0
     with join_world("auto", 30) as world, tempfile.TemporaryDirectory() as scratch:
         folder = Path(world.broadcast(scratch))

@@ -20,6 +20,7 @@ from mel_fast.memory import explained
 from mel_fast.metrics import loss_metrics, saved_metrics
 from mel_fast.packing import KINDS, Cost, PackedBatch, balance_metrics, pack
 from mel_fast.policy import Policy
+from mel_fast.terms import term_gradients
 from mel_fast.types import Sample
 
 
@@ -42,6 +43,10 @@ class OptimConfig(BaseModel):
     )
     epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
     token_budget: int = Field(default=16384, ge=2, description="tokens per micro-batch and rank")
+    term_gradients: bool = Field(
+        default=False,
+        description="measure norms and cosine of the two terms' gradients over all parameters; triples the update",
+    )
 
     def lr_at(self, update: int, total: int) -> float:
         """Learning rate of the given optimizer step (from 0) out of `total`."""
@@ -95,10 +100,16 @@ class Learner:
             packed = [[replace(b, ref_logp=self._logps(self.reference, b)) for b in batches] for batches in packed]
         sums: dict[str, torch.Tensor] = {}
         norms: list[float] = []
+        pulls: list[dict[str, float]] = []
         for _ in range(self.config.epochs):
             for batches in packed:
+                if self.config.term_gradients:
+                    with self._explained("the gradients of the terms", max(batches, key=lambda batch: batch.tokens)):
+                        pulls.append(term_gradients(self.policy, batches, loss, self.world))
                 norms.append(self._step(batches, loss, sums))
         metrics = facts | (loss_metrics(self.world.reduce(sums)) if sums else {})
+        for name in pulls[0] if pulls else ():
+            metrics[name] = sum(pull[name] for pull in pulls) / len(pulls)
         tokens = sum(batch.tokens for batches in packed for batch in batches) * self.config.epochs
         counts = self.world.reduce({"tokens": torch.tensor(float(tokens))})
         seconds = time.perf_counter() - started

@@ -51,6 +51,7 @@ def two_ranks(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     """Every curve of this file that needs two ranks."""
     cases = {name: Case(model) for name, model in models.items()} | {"kl": Case(models["qwen3"], kl=0.1)}
     cases |= {name: Case(models["qwen3"], settings) for name, settings in SAVINGS.items()}
+    cases["terms"] = Case(models["qwen3"], optim={"term_gradients": True})
     return on_ranks(2, cases, tmp_path_factory.mktemp("curves") / "two.json")
 
 
@@ -69,6 +70,13 @@ def test_one_rank_equals_two_ranks_with_a_reference(
     one = train(Case(models["qwen3"], kl=0.1), world)
     assert_same_curve(two_ranks["kl"], one)
     assert one[-1]["policy/kl"] > 0
+
+
+def test_the_gradients_of_the_terms_are_those_of_one_rank(
+    models: dict[str, str], two_ranks: dict[str, Curve], world: World
+) -> None:
+    one = train(Case(models["qwen3"], optim={"term_gradients": True}), world)
+    assert_same_curve(two_ranks["terms"], one, names=("grad/policy", "grad/nll", "grad/cosine", "optim/grad_norm"))
 
 
 @pytest.mark.parametrize("saving", SAVINGS)

@@ -1,8 +1,8 @@
 """The model path on a GPU: each faster way computes what the plain one does, and memory is what the planner says.
 
-    PYTHONPATH=.:kernels python3 -m pytest -p no:cacheprovider --confcutdir=tests/gpu -m gpu tests/gpu
+    make gpu-tests PYTHON=python3
 
-Needs pydantic besides torch, transformers and triton; tests of flash-attn and Liger are skipped without them. These
+Needs what wheels.txt lists besides torch, transformers and triton; without flash-attn or Liger their tests skip. These
 tests have not been run yet: the bounds are what bf16 and float32 allow, not what was seen.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mel_kernels import LossConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from mel_fast.distributed import World, join_world
 from mel_fast.errors import InputError
@@ -27,7 +28,7 @@ from mel_fast.packing import collate
 from mel_fast.policy import Policy, load_policy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import random_samples
+from support import FAMILIES, random_samples
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,16 +44,25 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8)
-    return path
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each."""
+    paths = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4}
+    for family, path in paths.items():
+        save_model(path, family=family, **sizes)
+    return paths
 
 
-def save_model(path: Path, vocabulary: int = VOCABULARY, **sizes: Any) -> None:
+@pytest.fixture(scope="module")
+def folder(families: dict[str, Path]) -> Path:
+    return families["qwen3"]
+
+
+def save_model(path: Path, vocabulary: int = VOCABULARY, family: str = "qwen3", **sizes: Any) -> None:
     torch.manual_seed(0)
-    shape = Qwen3Config(vocab_size=vocabulary, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True, **sizes)
-    model = Qwen3ForCausalLM(shape)
+    sizes |= {} if family == "qwen2" else {"head_dim": 64}  # Qwen2 divides the hidden size by the heads
+    shape = FAMILIES[family](vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -98,9 +108,13 @@ def assert_same_curve(ours: list[dict[str, float]], theirs: list[dict[str, float
             assert a[name] == pytest.approx(b[name], rel=tolerance), f"step {step}: {name}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["varlen", "flash"])
-def test_packed_log_probs_in_bf16_are_as_exact_as_separate_ones(folder: Path, world: World, attention: str) -> None:
+def test_packed_log_probs_in_bf16_are_as_exact_as_separate_ones(
+    families: dict[str, Path], world: World, attention: str, family: str
+) -> None:
     """Both against float32: packing may add no more than bf16 itself does."""
+    folder = families[family]
     if attention == "flash":
         pytest.importorskip("flash_attn")
     batch = batch_on(world)
@@ -126,21 +140,30 @@ def test_a_sequence_does_not_see_its_neighbours(folder: Path, world: World, atte
     torch.testing.assert_close(after, alone, atol=0.1, rtol=0.02)
 
 
+@pytest.mark.parametrize("attention", ["varlen", "flash"])
+def test_all_attentions_train_alike(folder: Path, world: World, attention: str) -> None:
+    if attention == "flash":
+        pytest.importorskip("flash_attn")
+    packed, padded = (curve(settings(folder, attention=each), world) for each in (attention, "padded"))
+    assert_same_curve(packed, padded, 3e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
 def test_liger_computes_what_the_model_does(
-    folder: Path, world: World, dtype: str, tolerance: float, mode: str
+    families: dict[str, Path], world: World, dtype: str, tolerance: float, mode: str, family: str
 ) -> None:
     pytest.importorskip("liger_kernel")
-    from transformers.models.qwen3 import modeling_qwen3
-
+    module, name = import_module(f"transformers.models.{family}.modeling_{family}"), family.capitalize()
+    folder = families[family]
     plain = gradients(load_policy(settings(folder, dtype=dtype), world), world)
-    kept = {name: getattr(modeling_qwen3, name) for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP")}
+    kept = {each: getattr(module, each) for each in ("apply_rotary_pos_emb", f"{name}RMSNorm", f"{name}MLP")}
     try:
         fused = gradients(load_policy(settings(folder, dtype=dtype, liger=True, checkpointing=mode), world), world)
     finally:  # Liger changes transformers' module
-        for name, value in kept.items():
-            setattr(modeling_qwen3, name, value)
+        for each, value in kept.items():
+            setattr(module, each, value)
     assert_same_gradients(fused, plain, tolerance)
 
 
