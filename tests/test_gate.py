@@ -326,6 +326,30 @@ def test_the_window_is_first_come_first_served_and_holds_no_more_than_its_size()
     asyncio.run(run())
 
 
+def test_what_is_not_needed_any_more_lets_others_in() -> None:
+    async def run() -> None:
+        window, inside = Window(10), asyncio.Event()
+
+        async def other() -> None:
+            async with window.hold(6):
+                inside.set()
+
+        async with window.hold(8) as keep:
+            task = asyncio.create_task(other())
+            keep(5)
+            await settle()
+            assert not inside.is_set()
+            keep(4)
+            await settle()
+            assert inside.is_set()
+            keep(8)
+        await task
+        async with window.hold(11):  # nothing is left behind: this one is let in only when the window is empty
+            pass
+
+    asyncio.run(run())
+
+
 def test_what_is_larger_than_the_window_lets_nobody_in_beside_it() -> None:
     async def run() -> None:
         window, order = Window(10), []

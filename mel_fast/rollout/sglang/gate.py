@@ -92,7 +92,8 @@ class Window:
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def hold(self, tokens: int) -> AsyncIterator[None]:
+    async def hold(self, tokens: int) -> AsyncIterator[Callable[[int], None]]:
+        """Waits until that many fit. Yields what to call with how many are still needed, when that gets less."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((tokens, turn))
         self._advance()
@@ -103,11 +104,19 @@ class Window:
                 self._used -= tokens
             self._advance()
             raise
-        try:
-            yield
-        finally:
-            self._used -= tokens
+        held = tokens
+
+        def keep(needed: int) -> None:
+            nonlocal held
+            needed = min(needed, held)  # never more again: the place may be another's
+            self._used -= held - needed
+            held = needed
             self._advance()
+
+        try:
+            yield keep
+        finally:
+            keep(0)
 
     def _advance(self) -> None:
         while self._queue:
