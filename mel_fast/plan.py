@@ -148,7 +148,7 @@ def engine_memory(config: Config, parameters: int, device: float | None) -> tupl
     """Bytes that the engine holds on a rank's device during an update, and what is not counted in them."""
     rollout, servers = config.rollout, config.rollout.sglang
     weights = parameters * (4.0 if rollout.dtype == "float32" else 2.0)
-    if config.run.mode == "train" or (rollout.engine == "sglang" and (servers.urls or servers.release_memory)):
+    if config.run.mode == "train" or (rollout.engine == "sglang" and (servers.urls or servers.takes_turns)):
         return 0.0, ""
     if rollout.engine == "local":
         return weights, ""

@@ -239,7 +239,7 @@ def test_a_bad_template_is_named_once(small: str) -> None:
         ),
         (["--rollout.sglang={urls: [host:30000]}"], "'host:30000' is not a URL"),
         (["--rollout.sglang={urls: ['http://a:1', 'http://a:1']}"], "named twice"),
-        (["--rollout.sglang={urls: ['http://a:1'], servers: 2}"], "rollout.sglang.servers is for launched servers"),
+        (["--rollout.sglang={api_key_variable: KEY}"], "api_key_variable is for servers named in urls"),
         (["--rollout.sglang={gpus: [0, 1, 2], tp: 2}"], "not a multiple of tp=2"),
     ],
 )

@@ -44,7 +44,7 @@ class RolloutConfig(BaseModel):
     def _async_needs_servers(self) -> RolloutConfig:
         if self.mode == "async" and self.engine == "local":
             raise ValueError("rollout.mode=async needs rollout.engine=sglang: the local engine computes here")
-        if self.mode == "async" and self.sglang.release_memory:
+        if self.mode == "async" and self.sglang.takes_turns:
             raise ValueError(
                 "rollout.sglang.release_memory needs rollout.mode=sync; in async mode servers sample during the update"
             )

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class SGLangConfig(BaseModel):
-    """Servers to attach to (`urls`), or to launch and keep."""
+    """Servers to attach to (`urls`), or to launch and keep. With `urls`, settings marked `launch` mean nothing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,14 +71,13 @@ class SGLangConfig(BaseModel):
 
     @model_validator(mode="after")
     def _launch_or_attach(self) -> SGLangConfig:
-        if self.urls:
-            for name in ("servers", "gpus", "memory_fraction", "kv_tokens"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"rollout.sglang.{name} is for launched servers; urls names running ones")
-            if self.release_memory or self.arguments:
-                raise ValueError("rollout.sglang.release_memory and .arguments are for launched servers")
-        elif self.api_key_variable is not None:
+        if self.api_key_variable is not None and not self.urls:
             raise ValueError("rollout.sglang.api_key_variable is for servers named in urls")
         if self.gpus is not None and len(self.gpus) % self.tp:
             raise ValueError(f"rollout.sglang.gpus names {len(self.gpus)} GPUs, not a multiple of tp={self.tp}")
         return self
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the servers' memory is free while the trainer computes."""
+        return self.release_memory and not self.urls

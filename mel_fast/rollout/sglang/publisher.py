@@ -99,7 +99,7 @@ class Publisher:
 
     def release(self) -> None:
         """Frees the servers' device memory until the next publication."""
-        if self.config.release_memory:
+        if self.config.takes_turns:
             self.call(self._release())
 
     def leave(self) -> None:
