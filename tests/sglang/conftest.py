@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_support import CONTEXT, STOP, Attach, launched, policy
+from sglang_support import CONTEXT, STOP, Attach, launched, members, policy
 from transformers import PreTrainedTokenizerBase
 
 from mel_fast.errors import InputError
@@ -62,12 +62,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
         kv_tokens=16384,
         arguments=("--max-running-requests", "32"),
         health_every_s=1.0,
-        hang_after_s=6.0,
+        hang_after_s=8.0,
         max_restarts=3,
     )
     folder = tmp_path_factory.mktemp("run")
     with SGLangEngine(config, launched(config, settings, folder, 2), folder=folder, **settings) as engine:
         yield engine
+        groups = [process.pid for process in engine.processes]
+    for group in groups:
+        assert not members(group), "a server has outlived its engine"
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def attach(engine: SGLangEngine, settings: dict[str, Any], tmp_path: Path) -> It
 
     def make(servers: int = 1, **changes: object) -> SGLangEngine:
         urls = [process.url for process in engine.processes[:servers]]
-        config = SGLangConfig.model_validate({"urls": urls, "health_every_s": 1.0, "hang_after_s": 6.0} | changes)
+        config = SGLangConfig.model_validate({"urls": urls, "health_every_s": 1.0, "hang_after_s": 8.0} | changes)
         opened.append(SGLangEngine(config, [], folder=tmp_path, **settings).__enter__())
         return opened[-1]
 

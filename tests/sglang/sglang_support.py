@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,41 @@ def launched(config: SGLangConfig, settings: dict[str, Any], folder: Path, count
         ServerProcess(config, settings["model_path"], "float32", [], folder / f"server-{index}.log", seed=index)
         for index in range(count)
     ]
+
+
+def members(group: int) -> int:
+    """Processes of the group that have not ended."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended while we looked
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+            count += int(its_group) == group and state != "Z"
+    return count
+
+
+def wait_until(condition: Callable[[], bool], patience_s: float = 180) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def while_generating(
+    engine: SGLangEngine, sessions: Sequence[Sequence[Request]], action: Callable[[], None]
+) -> list[list[Completion]]:
+    """What sessions got that were all under way when the action began. Raises what they raised."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(generate, engine, *sessions)
+        count = sum(map(len, sessions))
+        wait_until(lambda: done.done() or sum(server.running for server in engine.servers) == count)
+        time.sleep(0.1)  # some tokens
+        assert not done.done(), "all was done before the action: ask for more tokens"
+        action()
+        return done.result()
+
+
+def weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
 def policy(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

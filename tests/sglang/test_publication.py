@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,26 +9,21 @@ import pytest
 import torch
 from sglang_support import (
     Attach,
-    ask,
     assert_sampled_by,
     generate,
     logprobs,
     policy,
     requests,
+    weights,
+    while_generating,
 )
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mel_fast.errors import EngineError
 from mel_fast.rollout.sglang.engine import SGLangEngine
 from mel_fast.rollout.sglang.transport import send_files
-from mel_fast.types import Completion, Request
 
 WAYS = ("disk", "tensor", "group")
-
-
-def weights(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
-    return [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -61,7 +53,7 @@ def test_requests_under_way_go_on_with_the_new_weights_and_say_from_which_token(
     engine = attach(weights=way)
     engine.load(weights(old), 3)
     asked = [replace(request, max_new_tokens=400) for request in requests(6, length=30)]
-    done = while_generating(engine, asked, lambda: engine.load(weights(new), 4))
+    done = while_generating(engine, [asked], lambda: engine.load(weights(new), 4))[0]
     mixed = [c for c in done if len(c.versions) == 2]
     assert mixed, [c.versions for c in done]
     for request, completion in zip(asked, done, strict=True):
@@ -96,19 +88,6 @@ def test_servers_that_differ_and_cannot_be_repaired_end_the_run(
         engine.load(weights(policy(tokenizer, 6)), 6)
     with pytest.raises(EngineError, match=r"no rollout server is left.*recovery_copy=false"):
         generate(engine, requests(1))  # whoever goes on in spite of that gets no samples of unknown weights
-
-
-def while_generating(engine: SGLangEngine, asked: Sequence[Request], action: Callable[[], None]) -> list[Completion]:
-    """Completions of requests that were under way when the action began."""
-    done: list[Completion] = []
-    thread = threading.Thread(target=lambda: done.extend(asyncio.run(ask(engine, asked))))
-    thread.start()
-    while sum(server.running for server in engine.servers) < len(asked):
-        thread.join(0.01)
-    thread.join(0.1)  # some tokens
-    action()
-    thread.join()
-    return done
 
 
 def spoil_before_checksums(

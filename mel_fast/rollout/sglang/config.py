@@ -65,9 +65,12 @@ class SGLangConfig(BaseModel):
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} is not a URL such as http://host:30000")
-        if len(set(urls)) < len(urls):
+            if "@" in url:  # it would be in logs and in the resolved configuration
+                raise ValueError("a URL has a password in it: use rollout.sglang.api_key_variable")
+        plain = tuple(url.rstrip("/") for url in urls)
+        if len(set(plain)) < len(plain):
             raise ValueError("a server is named twice")
-        return tuple(url.rstrip("/") for url in urls)
+        return plain
 
     @model_validator(mode="after")
     def _launch_or_attach(self) -> SGLangConfig:

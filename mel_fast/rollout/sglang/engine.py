@@ -90,13 +90,15 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Ends what this run launched. Attached servers stay as they are."""
-        self.publisher.leave()
-        self._call(self._close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        if self.publisher.copy is not None:
-            self.publisher.copy.close()
+        try:
+            self.publisher.leave()
+        finally:
+            self._call(self._close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            if self.publisher.copy is not None:
+                self.publisher.copy.close()
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine`. Requests under way are computed anew and go on with the new weights."""
@@ -120,7 +122,8 @@ class SGLangEngine:
         try:
             yield session
         finally:
-            self._loop.call_soon_threadsafe(session.leave)
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(session.leave)
 
     async def complete(self, session: SGLangSession, request: Request) -> Completion:
         """One completion, whatever becomes of the servers meanwhile. In the engine's loop."""
@@ -253,8 +256,16 @@ class SGLangSession:
 
     async def _generate(self, requests: Sequence[Request]) -> list[Completion]:
         server = await self.engine.seat(self)
-        async with server.window.hold(distinct_tokens([as_bytes(request.prompt_ids) for request in requests])):
-            tasks = [asyncio.create_task(self.engine.complete(self, request)) for request in requests]
+        open_prompts = dict(enumerate(as_bytes(request.prompt_ids) for request in requests))
+        async with server.window.hold(distinct_tokens(list(open_prompts.values()))) as keep:
+
+            async def complete(place: int, request: Request) -> Completion:
+                completion = await self.engine.complete(self, request)
+                del open_prompts[place]
+                keep(distinct_tokens(list(open_prompts.values())))
+                return completion
+
+            tasks = [asyncio.create_task(complete(place, request)) for place, request in enumerate(requests)]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:

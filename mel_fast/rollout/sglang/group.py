@@ -7,11 +7,12 @@ import logging
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from mel_fast.rollout.sglang.server import Server
 from mel_fast.rollout.sglang.transport import Bucket
 
 log = logging.getLogger(__name__)
+JOIN = timedelta(seconds=60)  # the longest wait for servers that were all there a moment ago
 
 
 class GroupSender:
@@ -51,8 +53,12 @@ class GroupSender:
         if not len(receivers) or group is None:
             return
         body = group.announce(bucket, version)
-        with self._telling(receivers, "/update_weights_from_distributed", lambda server: body) as refused:
-            group.broadcast(bucket, refused)
+        self._together(
+            receivers,
+            "/update_weights_from_distributed",
+            lambda server: body,
+            lambda refused: group.broadcast(bucket, refused),
+        )
 
     def leave(self) -> None:
         if self._group is not None:
@@ -73,14 +79,16 @@ class GroupSender:
         urls = [server.client.url for server in servers]
         self._group = group = Group(f"mel_fast-{uuid.uuid4().hex}", urls, self.tp, device, receivers.timeout_s)
         bodies = {server: group.joining(place) for place, server in enumerate(servers)}
-        with self._telling(receivers, "/init_weights_update_group", bodies.__getitem__) as refused:
-            group.join(refused)
+        self._together(receivers, "/init_weights_update_group", bodies.__getitem__, group.join)
 
-    @contextmanager
-    def _telling(
-        self, receivers: Receivers, path: str, body: Callable[[Server], dict[str, object]]
-    ) -> Iterator[threading.Event]:
-        """Posts while the block takes part in what the servers then do. Yields what is set when one of them fails."""
+    def _together(
+        self,
+        receivers: Receivers,
+        path: str,
+        body: Callable[[Server], dict[str, object]],
+        take_part: Callable[[threading.Event], None],
+    ) -> None:
+        """Posts, and takes part in what the servers then do. It is told by an event when one of them fails."""
         refused = threading.Event()
 
         async def post(server: Server) -> None:
@@ -94,14 +102,11 @@ class GroupSender:
             return asyncio.create_task(receivers.each(post))
 
         task = self.call(start())
-        try:
-            yield refused
-        except (*FAULTS, RuntimeError) as error:  # torch's errors of a broken group are RuntimeErrors
-            log.warning("the group that weights are sent through broke: %s", error)
-            self.leave()  # which also ends the others' waiting
-            self.call(receivers.all_failed(error))
-        finally:
-            self.call(_finished(task))
+        if fault := _fault(take_part, refused):
+            log.warning("the group that weights are sent through broke: %s", fault)
+            self.leave()
+            self.call(receivers.all_failed(EngineError(fault)))
+        self.call(_finished(task))
 
     async def _forget(self, receivers: Receivers, name: str) -> None:
         async def forget(server: Server) -> None:
@@ -134,7 +139,7 @@ class Group:
             port,
             self.world_size,
             is_master=True,
-            timeout=self.timeout,
+            timeout=JOIN,
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
@@ -161,11 +166,11 @@ class Group:
             except Exception as error:
                 joined.set_exception(error)
 
-        # Joining cannot be broken off. The thread of one that is given up ends with the group's timeout.
+        # Joining cannot be broken off. The thread of one that is given up ends after `JOIN`.
         threading.Thread(target=join, name=self.name, daemon=True).start()
         while not wait([joined], timeout=0.02).done:
             if refused.is_set():
-                raise EngineError("a server refused to join the group")
+                raise EngineError("a server did not join")
         joined.result()
 
     def _join(self) -> None:
@@ -191,7 +196,7 @@ class Group:
             assert work is not None
             while not work.is_completed():  # not `wait`: a server that does not take part would block us for long
                 if refused.wait(0.001):
-                    raise EngineError("a server refused to take part in the group")
+                    raise EngineError("a server did not take part")
             work.wait()
 
     def announce(self, bucket: Bucket, version: int | None) -> dict[str, object]:
@@ -213,11 +218,22 @@ class Group:
 
 def _own_address(url: str) -> str:
     """Our address as a server at `url` sees it."""
-    host, _, port = url.split("//", 1)[1].partition("/")[0].rpartition(":")
+    there = urlsplit(url)
+    address = (there.hostname or "", there.port or {"http": 80, "https": 443}[there.scheme])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host.strip("[]"), int(port)))  # sends nothing: it only looks the route up
+        probe.connect(address)  # sends nothing: it only looks the route up
         return probe.getsockname()[0]
 
 
 async def _finished(task: asyncio.Task[None]) -> None:
     await task
+
+
+def _fault(take_part: Callable[[threading.Event], None], refused: threading.Event) -> str:
+    """What goes wrong, in words: an exception's traceback would keep the group alive, and with it its connections, by
+    whose end the other members notice."""
+    try:
+        take_part(refused)
+    except (*FAULTS, RuntimeError) as error:  # torch's errors of a broken group are RuntimeErrors
+        return str(error).splitlines()[0][:300] or type(error).__name__
+    return ""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,10 +76,15 @@ class ServerProcess:
         self.kill()
 
     def kill(self) -> None:
-        if self._process is not None:
-            with suppress(ProcessLookupError):  # the group has ended by itself
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        """Returns when all its processes have ended, and with them their memory is free."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):  # the group has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        deadline = time.monotonic() + 30
+        while _running(self._process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def tail(self, lines: int = 15) -> str:
         """The last lines of the log, for an error message."""
@@ -113,6 +119,16 @@ def _free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise EngineError(f"no free port among {PORTS.start}-{PORTS.stop - 1} for a rollout server")
+
+
+def _running(group: int) -> bool:
+    """Whether a process of the group has not ended. One that has, but nobody asked after (a zombie), holds nothing."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended while we looked
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                return True
+    return False
 
 
 def find_python(path: str) -> Path:
