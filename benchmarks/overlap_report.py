@@ -69,7 +69,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axis, schedule in zip(axes, schedules, strict=True):
         runs = sorted(schedule["runs"], key=lambda run: run["wall_s"])
         shown = runs[len(runs) // 2]
-        times = np.linspace(0, shown["wall_s"], 800)
+        times = np.linspace(0, shown["wall_s"], 300)
         counts = [_under_way(shown["requests"], phase, times) for phase in COLOURS]
         axis.stackplot(times, counts, colors=list(COLOURS.values()), labels=list(COLOURS))
         axis.axvline(shown["wall_s"], color="black", linewidth=0.7)
