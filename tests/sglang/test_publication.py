@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +66,23 @@ def test_requests_under_way_go_on_with_the_new_weights_and_say_from_which_token(
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
             start += count
     assert {version for completion in mixed for version, _ in completion.versions} == {3, 4}
+
+
+def test_memory_can_be_released_between_the_last_answer_and_the_next_weights(
+    attach: Attach, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    engine = attach(servers=2, weights="tensor")
+    engine.publisher.config = engine.config.model_copy(update={"urls": (), "release_memory": True})
+    asked = requests(2)
+    for version in (1, 2):
+        model = policy(tokenizer, version)
+        engine.load(weights(model), version)
+        done = [completions[0] for completions in generate(engine, *([request] for request in asked))]
+        assert_sampled_by(model, asked, done)
+        engine.release()
+        time.sleep(2)  # health is looked after every second: silence is right now
+    engine.load(weights(policy(tokenizer, 3)), 3)
+    assert engine.take_metrics()["engine/lost"] == 0
 
 
 def test_a_server_that_holds_other_weights_than_its_peer_is_found_by_its_checksum_and_repaired(
