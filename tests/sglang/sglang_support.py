@@ -47,17 +47,18 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 180) -> None:
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        time.sleep(0.005)
 
 
 def while_generating(
     engine: SGLangEngine, sessions: Sequence[Sequence[Request]], action: Callable[[], None]
 ) -> list[list[Completion]]:
-    """What sessions got that were all under way when the action began. Raises what they raised."""
+    """What sessions got that were under way when the action began, but for a few that ended early. Raises what they
+    raised."""
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(generate, engine, *sessions)
         count = sum(map(len, sessions))
-        wait_until(lambda: done.done() or sum(server.running for server in engine.servers) == count)
+        wait_until(lambda: done.done() or 2 * sum(server.running for server in engine.servers) > count)
         time.sleep(0.1)  # some tokens
         assert not done.done(), "all was done before the action: ask for more tokens"
         action()

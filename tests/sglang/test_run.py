@@ -94,7 +94,7 @@ def test_a_server_killed_in_mid_step_costs_nothing_but_time(whole: Path, tmp_pat
     run = tmp_path / "latest"
     wait_for_steps(run, 2, process)
     keepers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "keeper.py"], capture_output=True, text=True)
-    first, second = map(int, keepers.stdout.split())
+    first, _ = map(int, keepers.stdout.split())
     os.killpg(first, signal.SIGKILL)
     assert process.wait(300) == 0
     steps = steps_of(run)
@@ -102,8 +102,6 @@ def test_a_server_killed_in_mid_step_costs_nothing_but_time(whole: Path, tmp_pat
     assert prompts_of(run) == prompts_of(whole)
     assert all(len(episode.trajectories) == 8 for step in episodes_of(run) for episode in step)
     assert all(line["rollout/staleness_max"] == 0 and line["policy/rollout_gap_max"] < 1e-3 for line in steps)
-    with pytest.raises(ProcessLookupError):  # the other one has ended with the run
-        os.killpg(second, 0)
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen[bytes]:
