@@ -1,5 +1,5 @@
 # make train   install into .venv and run the embedded world
-# make test    install into .venv and run lint, types and tests
+# make test    install into .venv (and, on Linux, `make sglang`) and run lint, types and tests
 # make sglang  SGLang, the rollout server, in an environment of its own: .venv-sglang, kept in a cache for other checkouts
 # make kernel-report   compile the kernels for Hopper, without a GPU, and write docs/kernel_report.md
 # make bench   the loss benchmark on this machine
