@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mel_fast.distributed import World
 from mel_fast.errors import InputError
@@ -47,7 +52,8 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, state: dict[str, 
     world.barrier()
     state_dict_saver.save(_tensors(learner), checkpoint_id=partial)
     if world.main:
-        meta = state | {"step": step, "updates_done": learner.updates_done, "model": fingerprint(learner.policy)}
+        own = {"updates_done": learner.updates_done, "optimizers": list(_optimizers(learner))}
+        meta = state | {"step": step, "model": fingerprint(learner.policy)} | own
         with (partial / "state.json").open("w") as file:
             json.dump(meta, file, indent=1)
             file.flush()
@@ -86,14 +92,17 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
             f"(checkpoint {state['model'].get(name, 'has none')}, model {own.get(name, 'has none')}); "
             "check model.path, or start a new run"
         )
+    optimizers = _optimizers(learner)
+    if (saved := state.get("optimizers", ["optimizer"])) != list(optimizers):
+        raise CheckpointError(
+            f"{path}: has the moments of {', '.join(saved)}, the run wants those of "
+            f"{', '.join(optimizers)}: optim.nll_lr must be set, or null, as it was when the checkpoint was written"
+        )
     tensors = _tensors(learner)
     state_dict_loader.load(tensors, checkpoint_id=path)
-    set_state_dict(
-        learner.policy,
-        learner.optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=tensors["optimizer"],
-    )
+    set_model_state_dict(learner.policy, tensors["model"])
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(learner.policy, optimizer, tensors[name])
     learner.updates_done = int(state["updates_done"])
     return state
 
@@ -116,5 +125,10 @@ def export_model(folder: Path, policy: Policy, tokenizer: PreTrainedTokenizerBas
 
 
 def _tensors(learner: Learner) -> dict[str, Any]:
-    model, optimizer = get_state_dict(learner.policy, learner.optimizer)
-    return {"model": model, "optimizer": optimizer}
+    states = {name: get_optimizer_state_dict(learner.policy, o) for name, o in _optimizers(learner).items()}
+    return {"model": get_model_state_dict(learner.policy)} | states
+
+
+def _optimizers(learner: Learner) -> dict[str, torch.optim.Optimizer]:
+    first = {"optimizer": learner.optimizer}
+    return first if learner.nll_optimizer is None else first | {"nll_optimizer": learner.nll_optimizer}

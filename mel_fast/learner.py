@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from mel_kernels import LossConfig
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch.distributed.tensor import DTensor
 
 from mel_fast.distributed import World
@@ -42,11 +43,26 @@ class OptimConfig(BaseModel):
         default=0.0, ge=0, le=1, description="linear, cosine: share of lr left at the end of the run"
     )
     epochs: int = Field(default=1, ge=1, description="passes over each batch of rollouts")
+    nll_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak rate of optimizer steps that R_MEL then has for itself, with AdamW moments and clipping of "
+        "its own, after each step of the surrogate; null: one step for the sum of both",
+    )
+    nll_epochs: int = Field(default=1, ge=1, description="with nll_lr: such steps per batch")
     token_budget: int = Field(default=16384, ge=2, description="tokens per micro-batch and rank")
     term_gradients: bool = Field(
         default=False,
         description="measure norms and cosine of the two terms' gradients over all parameters; triples the update",
     )
+
+    @model_validator(mode="after")
+    def _steps_of_its_own(self) -> OptimConfig:
+        if self.nll_lr is None and self.nll_epochs > 1:
+            raise ValueError("optim.nll_epochs counts the optimizer steps of R_MEL alone: set optim.nll_lr as well")
+        if self.nll_lr is not None and self.term_gradients:
+            raise ValueError("optim.term_gradients compares the two terms of one step; optim.nll_lr parts them")
+        return self
 
     def lr_at(self, update: int, total: int) -> float:
         """Learning rate of the given optimizer step (from 0) out of `total`."""
@@ -54,6 +70,27 @@ class OptimConfig(BaseModel):
         progress = min(1.0, update / max(1, total))
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
         return self.lr * warmup * (self.final_lr_ratio + (1 - self.final_lr_ratio) * decay[self.schedule])
+
+
+J_RLVR = ("policy", "rft", "demonstration")
+"""Kinds of samples that are not R_MEL."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """This rank's micro-batches of one optimizer step."""
+
+    alone: bool  # R_MEL's alone, with its own optimizer
+    batches: list[PackedBatch]
+
+    def to(self, device: torch.device) -> _Step:
+        return _Step(self.alone, [batch.to(device) for batch in self.batches])
+
+    def with_logps(self, field: str, logps: Callable[[PackedBatch], torch.Tensor]) -> _Step:
+        """NLL rows need none, but share their micro-batches with rows that do."""
+        if self.alone:
+            return self
+        return _Step(self.alone, [replace(batch, **{field: logps(batch)}) for batch in self.batches])
 
 
 class Learner:
@@ -70,14 +107,8 @@ class Learner:
         self.policy, self.reference, self.config, self.world = policy, reference, config, world
         self.total_updates = total_updates
         self.updates_done = 0
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self._adamw(config.lr)
+        self.nll_optimizer = None if config.nll_lr is None else self._adamw(config.nll_lr)
 
     def update(self, updates: Sequence[Sequence[Sample]] | None, loss: LossConfig | SequenceLoss) -> dict[str, float]:
         """Trains on a batch of rollouts.
@@ -93,24 +124,25 @@ class Learner:
             OutOfMemory: the device's memory did not suffice.
         """
         started = time.perf_counter()
-        packed, facts = self._distribute(updates)
-        if len(packed) * self.config.epochs > 1:  # later steps are off-policy: fix the old log-probs now
-            packed = [[replace(b, old_logp=self._logps(self.policy, b)) for b in batches] for batches in packed]
+        steps, facts = self._distribute(updates)
+        if sum(not step.alone for step in steps) * self.config.epochs > 1:  # later ones are off-policy: fix the old now
+            steps = [step.with_logps("old_logp", partial(self._logps, self.policy)) for step in steps]
         if self.reference is not None:
-            packed = [[replace(b, ref_logp=self._logps(self.reference, b)) for b in batches] for batches in packed]
+            steps = [step.with_logps("ref_logp", partial(self._logps, self.reference)) for step in steps]
         sums: dict[str, torch.Tensor] = {}
         norms: list[float] = []
         pulls: list[dict[str, float]] = []
         for _ in range(self.config.epochs):
-            for batches in packed:
+            for step in steps:
                 if self.config.term_gradients:
-                    with self._explained("the gradients of the terms", max(batches, key=lambda batch: batch.tokens)):
-                        pulls.append(term_gradients(self.policy, batches, loss, self.world))
-                norms.append(self._step(batches, loss, sums))
+                    largest = max(step.batches, key=lambda batch: batch.tokens)
+                    with self._explained("the gradients of the terms", largest):
+                        pulls.append(term_gradients(self.policy, step.batches, loss, self.world))
+                norms.append(self._step(step, loss, sums))
         metrics = facts | (loss_metrics(self.world.reduce(sums)) if sums else {})
         for name in pulls[0] if pulls else ():
             metrics[name] = sum(pull[name] for pull in pulls) / len(pulls)
-        tokens = sum(batch.tokens for batches in packed for batch in batches) * self.config.epochs
+        tokens = sum(batch.tokens for step in steps for batch in step.batches) * self.config.epochs
         counts = self.world.reduce({"tokens": torch.tensor(float(tokens))})
         seconds = time.perf_counter() - started
         return metrics | {
@@ -122,10 +154,8 @@ class Learner:
             "perf/train_tokens_per_s": counts["tokens"] / seconds,
         }
 
-    def _step(
-        self, batches: Sequence[PackedBatch], loss: LossConfig | SequenceLoss, sums: dict[str, torch.Tensor]
-    ) -> float:
-        for batch in batches:
+    def _step(self, step: _Step, loss: LossConfig | SequenceLoss, sums: dict[str, torch.Tensor]) -> float:
+        for batch in step.batches:
             with self._explained("the forward", batch):
                 value, logp, entropy, metrics = self.policy(batch, loss)
             with self._explained("the backward", batch):
@@ -142,11 +172,17 @@ class Learner:
         with self._explained("the optimizer's step"):
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr_at(self.updates_done, self.total_updates)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.updates_done += 1
+            rate = self.config.lr_at(self.updates_done, self.total_updates)
+            if step.alone:
+                assert self.nll_optimizer is not None and self.config.nll_lr is not None
+                optimizer, rate = self.nll_optimizer, rate * self.config.nll_lr / self.config.lr
+            else:
+                optimizer = self.optimizer
+                self.updates_done += 1
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
     @torch.no_grad()
@@ -158,22 +194,37 @@ class Learner:
         tokens, budget = batch.tokens if batch else 0, self.config.token_budget
         return explained(phase, self.world.rank, tokens, budget, self.policy.settings)
 
-    def _distribute(
-        self, updates: Sequence[Sequence[Sample]] | None
-    ) -> tuple[list[list[PackedBatch]], dict[str, float]]:
-        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty update; and what it saw of them."""
+    def _distribute(self, updates: Sequence[Sequence[Sample]] | None) -> tuple[list[_Step], dict[str, float]]:
+        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty step; and what it saw of them."""
         shares = None
         if self.world.main:
             assert updates is not None
             size, budget, epochs = self.world.size, self.config.token_budget, self.config.epochs
-            cost, updates = Cost.of(self.policy.config), [samples for samples in updates if samples]
-            plans = [pack(samples, budget, size, cost) for samples in updates]
-            in_row = [[batch for plan in plans for batch in plan[rank]] for rank in range(size)]
+            cost, parts = Cost.of(self.policy.config), [part for samples in updates for part in self._parts(samples)]
+            plans = [(alone, pack(samples, budget, size, cost)) for alone, samples in parts]
+            in_row = [[batch for _, plan in plans for batch in plan[rank]] for rank in range(size)]
             facts = balance_metrics(in_row, budget, cost)
-            facts |= saved_metrics(updates, epochs, len(updates) * epochs > 1, self.reference is not None)
-            shares = [([plan[rank] for plan in plans], facts) for rank in range(size)]
+            old = sum(not alone for alone, _ in parts) * epochs > 1
+            facts |= saved_metrics([samples for _, samples in parts], epochs, old, self.reference is not None)
+            shares = [([_Step(alone, plan[rank]) for alone, plan in plans], facts) for rank in range(size)]
         mine, facts = self.world.scatter(shares)
-        return [[batch.to(self.world.device) for batch in batches] for batches in mine], facts
+        return [step.to(self.world.device) for step in mine], facts
+
+    def _parts(self, samples: Sequence[Sample]) -> list[tuple[bool, Sequence[Sample]]]:
+        """(whether it is R_MEL alone, samples) of each optimizer step that an update consists of."""
+        if self.nll_optimizer is None:
+            parts = [(False, samples)]
+        else:
+            first = [sample for sample in samples if sample.kind in J_RLVR]
+            second = [sample for sample in samples if sample.kind not in J_RLVR]
+            parts = [(False, first), *[(True, second)] * self.config.nll_epochs]
+        return [(alone, part) for alone, part in parts if part]
+
+    def _adamw(self, lr: float) -> torch.optim.AdamW:
+        c = self.config
+        return torch.optim.AdamW(
+            self.policy.parameters(), lr=lr, betas=c.betas, eps=c.eps, weight_decay=c.weight_decay, fused=True
+        )
 
 
 def by_kind(batch: PackedBatch, logp: torch.Tensor, entropy: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -69,14 +69,22 @@ class Planner:
     ranks: int
     reference: bool = False  # a frozen copy for the KL term
     engine: float = 0.0  # bytes of an engine on the same device
+    optimizers: int = 1  # 2: R_MEL has moments of its own (`optim.nll_lr`)
 
     @classmethod
     def of(
-        cls, config: ModelConfig, shape: Any, ranks: int, *, reference: bool = False, engine: float = 0.0
+        cls,
+        config: ModelConfig,
+        shape: Any,
+        ranks: int,
+        *,
+        reference: bool = False,
+        engine: float = 0.0,
+        optimizers: int = 1,
     ) -> Planner:
         """Measures the model's activations, on fake tensors; takes about a second."""
         footprint = measure(shape, config.compute_dtype, config.checkpointing)
-        return cls(config, shape, Sizes.of(shape), footprint, ranks, reference, engine)
+        return cls(config, shape, Sizes.of(shape), footprint, ranks, reference, engine, optimizers)
 
     @property
     def sharded(self) -> bool:
@@ -91,7 +99,7 @@ class Planner:
         return {
             "weights": share,
             "gradients": share,
-            "optimizer": 2 * share,
+            "optimizer": 2 * share * self.optimizers,
             "reference": frozen,
             "engine": self.engine,
         }

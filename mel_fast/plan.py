@@ -117,7 +117,8 @@ def memory(config: Config, shape: Any, parameters: int, ranks: int) -> list[str]
     the same update on fake tensors they are within 10%."""
     device, reference = device_memory(config), config.objective.kl_coef > 0
     engine, uncounted = engine_memory(config, parameters, device)
-    planner = Planner.of(config.model, shape, ranks, reference=reference, engine=engine)
+    optimizers = 1 if config.optim.nll_lr is None else 2
+    planner = Planner.of(config.model, shape, ranks, reference=reference, engine=engine, optimizers=optimizers)
     budget = config.optim.token_budget
     parts, moments = planner.resident(), planner.moments(budget)
     worst = max(moments, key=moments.__getitem__)
@@ -125,9 +126,8 @@ def memory(config: Config, shape: Any, parameters: int, ranks: int) -> list[str]
     lines.append(f"  {'update':<18} {moments[worst] / GIB:,.2f} GiB on top, at the {MOMENTS[worst]}")
     lines.append(f"  {'peak':<18} {planner.peak(budget) / GIB:,.2f} GiB")
     if config.model.offload:
-        lines.append(
-            f"  {'host memory':<18} {16 * parameters / ranks / GIB:,.2f} GiB for weights, gradients, optimizer"
-        )
+        host = (8 + 8 * optimizers) * parameters / ranks / GIB
+        lines.append(f"  {'host memory':<18} {host:,.2f} GiB for weights, gradients, optimizer")
     if uncounted:
         lines.append(f"  note: {uncounted}")
     if device is None:

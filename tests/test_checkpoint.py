@@ -58,6 +58,16 @@ def test_state_comes_back_and_only_the_newest_are_kept(model_folder: Path, tmp_p
     assert load_checkpoint(checkpoints(tmp_path)[-1], trained)["cursor"] == {"position": 4}
 
 
+def test_the_nlls_own_moments_are_part_of_a_checkpoint(model_folder: Path, tmp_path: Path, world: World) -> None:
+    alone = {"nll_lr": 2e-3}
+    model = str(model_folder)
+    whole = train(Case(model, optim=alone), world)
+    train(Case(model, optim=alone, steps=(0, 2), save=str(tmp_path)), world)
+    assert_same_curve(train(Case(model, optim=alone, steps=(2, 4), load=str(tmp_path)), world), whole[2:], tolerance=0)
+    with pytest.raises(CheckpointError, match=r"nll_optimizer.*optim\.nll_lr must be set, or null"):
+        load_checkpoint(checkpoints(tmp_path)[-1], learner(model_folder, world))
+
+
 def test_a_checkpoint_cut_off_while_it_was_written_is_not_one(model_folder: Path, tmp_path: Path, world: World) -> None:
     trained = learner(model_folder, world)
     whole = save_checkpoint(tmp_path, 1, trained, {}, 2, world)

@@ -51,6 +51,7 @@ def two_ranks(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     """Every curve of this file that needs two ranks."""
     cases = {name: Case(model) for name, model in models.items()} | {"kl": Case(models["qwen3"], kl=0.1)}
     cases |= {name: Case(models["qwen3"], settings) for name, settings in SAVINGS.items()}
+    cases["alone"] = Case(models["qwen3"], optim={"nll_lr": 2e-3, "nll_epochs": 2})
     cases["terms"] = Case(models["qwen3"], optim={"term_gradients": True})
     return on_ranks(2, cases, tmp_path_factory.mktemp("curves") / "two.json")
 
@@ -77,6 +78,30 @@ def test_the_gradients_of_the_terms_are_those_of_one_rank(
 ) -> None:
     one = train(Case(models["qwen3"], optim={"term_gradients": True}), world)
     assert_same_curve(two_ranks["terms"], one, names=("grad/policy", "grad/nll", "grad/cosine", "optim/grad_norm"))
+
+
+def test_steps_of_the_nlls_own_are_those_of_one_rank(
+    models: dict[str, str], two_ranks: dict[str, Curve], world: World
+) -> None:
+    one = train(Case(models["qwen3"], optim={"nll_lr": 2e-3, "nll_epochs": 2}), world)
+    assert_same_curve(two_ranks["alone"], one)
+
+
+def test_with_steps_of_its_own_the_nll_leaves_the_surrogates_step_as_it_is(model_folder: Path, world: World) -> None:
+    """Its own moments and clipping: the surrogate moves the policy as if it were alone, the NLL as if it came after."""
+    samples = random_samples(400)
+    both = learner(model_folder, world, nll_lr=2e-3, nll_epochs=3)
+    both.update([samples], LossConfig())
+    first = learner(model_folder, world)
+    first.update([[s for s in samples if s.kind == "policy"]], LossConfig())
+    second = learner(model_folder, world, lr=2e-3)
+    second.policy = first.policy
+    second.optimizer = torch.optim.AdamW(first.policy.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0)
+    for _ in range(3):
+        second.update([[s for s in samples if s.kind == "retrospective"]], LossConfig())
+    for ours, theirs in zip(both.policy.parameters(), first.policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert both.updates_done == 1
 
 
 @pytest.mark.parametrize("saving", SAVINGS)
