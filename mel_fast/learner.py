@@ -174,7 +174,8 @@ class Learner:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             rate = self.config.lr_at(self.updates_done, self.total_updates)
             if step.alone:
-                assert self.nll_optimizer is not None and self.config.nll_lr is not None
+                assert self.nll_optimizer is not None
+                assert self.config.nll_lr is not None
                 optimizer, rate = self.nll_optimizer, rate * self.config.nll_lr / self.config.lr
             else:
                 optimizer = self.optimizer
