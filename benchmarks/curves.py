@@ -32,9 +32,10 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.loss_measure import machine
 from benchmarks.train_step_workload import SHAPES, make_episodes
 from mel_fast.distributed import World, join_world, leave
+from mel_fast.internalise import Internalise
 from mel_fast.learner import Learner, OptimConfig
 from mel_fast.model import ModelConfig
-from mel_fast.objective import Internalise, ObjectiveConfig, build_batch
+from mel_fast.objective import ObjectiveConfig, build_batch
 from mel_fast.policy import load_policy
 from mel_fast.types import Sample
 

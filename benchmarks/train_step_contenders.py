@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.train_step_workload import Item, items, padded_batches, weights
 from mel_fast.distributed import World
+from mel_fast.internalise import Internalise
 from mel_fast.learner import Learner, OptimConfig
 from mel_fast.model import Checkpointing, ModelConfig
-from mel_fast.objective import Internalise, ObjectiveConfig, build_batch, make_sample
+from mel_fast.objective import ObjectiveConfig, build_batch
 from mel_fast.policy import load_policy
-from mel_fast.types import Episode, Sample
+from mel_fast.types import Episode, Sample, make_sample
 
 RATE, CLIP = 1e-12, 1e9
 

@@ -18,9 +18,9 @@ from transformers import Qwen3Config
 
 from benchmarks.train_step_workload import SHAPES as BENCHMARKED
 from benchmarks.train_step_workload import items, make_episodes
-from mel_fast.objective import make_sample
 from mel_fast.packing import Cost, balance_metrics, pack
 from mel_fast.plan import SHAPES
+from mel_fast.types import make_sample
 
 PEAK = 989e12  # FLOP/s, dense bf16
 MEMORY = 0.7 * 3.35e12  # bytes/s: of the data sheet's bandwidth what decoding is taken to reach

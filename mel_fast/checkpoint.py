@@ -130,5 +130,5 @@ def _tensors(learner: Learner) -> dict[str, Any]:
 
 
 def _optimizers(learner: Learner) -> dict[str, torch.optim.Optimizer]:
-    first = {"optimizer": learner.optimizer}
+    first: dict[str, torch.optim.Optimizer] = {"optimizer": learner.optimizer}
     return first if learner.nll_optimizer is None else first | {"nll_optimizer": learner.nll_optimizer}

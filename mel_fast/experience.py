@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mel_fast.objective import Internalise
+from mel_fast.internalise import Internalise
 from mel_fast.prompts import Renderer, parse_experience
 from mel_fast.rollout.engine import Engine, RolloutConfig, Session
 from mel_fast.types import Episode, Experience, Prompt, Request, Trajectory
@@ -28,6 +29,10 @@ class MelConfig(BaseModel):
     pairs_per_prompt: int = Field(
         default=2, ge=1, description="contrasts of a wrong with a right solution, per mixed group"
     )
+    reflect_on: Literal["contrast", "wrong"] = Field(
+        default="contrast",
+        description="wrong: the right solution is not shown (prompts.critique), a control: a critique without contrast",
+    )
     reflection_temperature: float = Field(default=1.0, gt=0, description="of sampling a meta-experience")
     replay_temperature: float = Field(default=1.0, gt=0, description="of sampling a replay")
     validate_by_replay: bool = Field(
@@ -36,6 +41,11 @@ class MelConfig(BaseModel):
     nll_weight: float = Field(default=1.0, ge=0, description="weight of R_MEL beside J_RLVR")
     nll_warmup_steps: int = Field(default=0, ge=0, description="steps over which that weight rises from 0")
     internalise: Internalise = Internalise()
+
+    @property
+    def reflects(self) -> bool:
+        """Whether meta-experiences are written at all."""
+        return self.enabled and self.internalise.reflects
 
     def nll_weight_at(self, step: int) -> float:
         if not self.enabled:
@@ -73,7 +83,7 @@ class Collector:
         async with self.engine.session(prompt.id) as session:
             rollouts = await self._roll_out(session, prompt, step)
             episode = Episode(step, prompt, rollouts)
-            if self.mel.enabled:
+            if self.mel.reflects:
                 episode.experiences = await self._reflect(session, episode)
                 await self._replay(session, episode)
             return episode
@@ -84,15 +94,14 @@ class Collector:
         return await self._verified(await self._sample(session, requests), prompt)
 
     async def _reflect(self, session: Session, episode: Episode) -> list[Experience]:
-        """C_retro = [I, x, y-, y+] -> M."""
+        """C_retro = [I, x, y-, y+] -> M. Critiques of a single wrong solution are written on the same pairs."""
         right = [i for i, t in enumerate(episode.trajectories) if t.correct]
         wrong = [i for i, t in enumerate(episode.trajectories) if not t.correct]
         lengths = [len(t.output_ids) for t in episode.trajectories]
         pairs: list[tuple[int, int]] = []
         requests: list[Request] = []
         for w, r in contrast_pairs(wrong, right, lengths, self.mel.pairs_per_prompt):
-            outputs = episode.trajectories[w].output_ids, episode.trajectories[r].output_ids
-            context = self.renderer.reflect(episode.prompt, *outputs)
+            context = self._retrospect(episode, w, r)
             if len(context) + self.rollout.max_new_tokens > self.engine.context_length:
                 _count(episode, "reflection_beyond_context")
                 continue
@@ -106,6 +115,13 @@ class Collector:
                 meta, malformed = None, "truncated"
             experiences.append(Experience(w, r, reflection, meta, malformed))
         return experiences
+
+    def _retrospect(self, episode: Episode, wrong: int, right: int) -> list[int]:
+        """What a meta-experience is written on, as token ids."""
+        attempt = episode.trajectories[wrong].output_ids
+        if self.mel.reflect_on == "wrong":
+            return self.renderer.critique(episode.prompt, attempt)
+        return self.renderer.reflect(episode.prompt, attempt, episode.trajectories[right].output_ids)
 
     async def _replay(self, session: Session, episode: Episode) -> None:
         """A fresh attempt with M in the prompt. Only an M whose replay verifies is kept."""

@@ -17,8 +17,9 @@ from mel_kernels import LossConfig, Stream
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mel_fast.gspo import SequenceLoss
+from mel_fast.internalise import Internalise, meta_experience_samples
 from mel_fast.prompts import Renderer
-from mel_fast.types import Episode, Sample, Trajectory
+from mel_fast.types import Episode, Sample, Trajectory, make_sample
 
 
 class ObjectiveConfig(BaseModel):
@@ -79,20 +80,6 @@ class ObjectiveConfig(BaseModel):
         )
 
 
-class Internalise(BaseModel):
-    """Weights of the NLL terms; each has a denominator of its own. The paper's form is `retrospective` alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    retrospective: float = Field(
-        default=1.0, ge=0, description="M given question, wrong and right solution (the paper's)"
-    )
-    heuristic: float = Field(
-        default=0.0, ge=0, description="the heuristics given the question alone: recalled, not copied"
-    )
-    replay: float = Field(default=0.0, ge=0, description="the validated replay's solution given the question alone")
-
-
 @dataclass(slots=True)
 class Batch:
     """What the learner gets: one list of samples per optimizer step, and what was counted on the way."""
@@ -143,7 +130,7 @@ def build_batch(
             if config.algorithm == "rft"
             else _policy(chosen, their, config, max_new_tokens, temperature, totals)
         )
-        batch.updates.append(policy + _meta_experience(chosen, internalise, nll_weight, renderer))
+        batch.updates.append(policy + meta_experience_samples(chosen, internalise, nll_weight, renderer))
     batch.metrics = {name: float(value) for name, value in totals.items()}
     samples = [sample for update in batch.updates for sample in update]
     batch.metrics["batch/samples"] = float(len(samples))
@@ -240,43 +227,3 @@ def _rft(episodes: Sequence[Episode]) -> list[Sample]:
     return [
         make_sample(t.prompt_ids, t.output_ids, Stream.NLL, 1 / (len(right) * len(t.output_ids)), "rft") for t in right
     ]
-
-
-def _meta_experience(
-    episodes: Sequence[Episode], internalise: Internalise, nll_weight: float, renderer: Renderer
-) -> list[Sample]:
-    """L_NLL (MEL, "Internalize"): for each form, the mean over kept experiences of the mean over their tokens."""
-    kept = [(e.prompt, x) for e in episodes for x in e.experiences if x.kept and x.meta is not None]
-    samples: list[Sample] = []
-    for kind, coefficient in internalise.model_dump().items():
-        if coefficient * nll_weight == 0:
-            continue
-        pairs: list[tuple[list[int], list[int]]] = []  # (context, target)
-        for prompt, experience in kept:
-            if kind == "retrospective":
-                pairs.append((experience.reflection.prompt_ids, experience.reflection.output_ids))
-            elif kind == "heuristic":
-                assert experience.meta is not None
-                pairs.append((renderer.recall(prompt), renderer.answer(experience.meta.heuristics)))
-            elif experience.replay is not None and experience.replay.correct and experience.replay.output_ids:
-                pairs.append((renderer.solve(prompt), experience.replay.output_ids))
-        for context, target in pairs:
-            weight = coefficient * nll_weight / (len(pairs) * len(target))
-            samples.append(make_sample(context, target, Stream.NLL, weight, kind))
-    return samples
-
-
-def make_sample(context: Sequence[int], target: Sequence[int], stream: Stream, weight: float, kind: str) -> Sample:
-    """A sample whose target tokens all carry one stream and weight; advantage and rollout log-probs are zero."""
-    length, start = len(context) + len(target), len(context)
-    sample = Sample(
-        ids=np.fromiter((*context, *target), dtype=np.int64, count=length),
-        stream=np.zeros(length, dtype=np.int8),
-        advantage=np.zeros(length, dtype=np.float32),
-        weight=np.zeros(length, dtype=np.float32),
-        rollout_logp=np.zeros(length, dtype=np.float32),
-        kind=kind,
-    )
-    sample.stream[start:] = stream
-    sample.weight[start:] = weight
-    return sample

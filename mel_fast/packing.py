@@ -19,7 +19,17 @@ from torch import Tensor
 
 from mel_fast.types import Sample
 
-KINDS = ("policy", "retrospective", "heuristic", "replay", "rft", "demonstration")
+KINDS = (
+    "policy",
+    "rft",
+    "demonstration",
+    "retrospective",
+    "heuristic",
+    "replay",
+    "conclusion",
+    "right",
+    "opening",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,9 @@ def model_shape(config: Config) -> tuple[Any, str]:
         from mel_fast.tiny.texts import corpus
         from mel_fast.tiny.tokenizer import build_tokenizer
 
-        tokenizer = build_tokenizer([*corpus(), *(getattr(config.prompts, name) for name in PLACEHOLDERS)])
+        tokenizer = build_tokenizer(
+            [*corpus(config.tiny.world.guilds), *(getattr(config.prompts, name) for name in PLACEHOLDERS)]
+        )
         return model_config(config.tiny.model, tokenizer), "embedded world"
     return named_shape(config.model)
 

@@ -1,7 +1,8 @@
 """Prompts as token ids, and the parser of a meta-experience.
 
-Four prompts exist: *solve* (the question), *reflect* (C_retro of the paper: question, wrong solution, right solution),
-*replay* (the meta-experience, then the question) and *recall* (the question, asking for the rules alone).
+Five prompts exist: *solve* (the question), *reflect* (C_retro of the paper: question, wrong solution, right solution),
+*replay* (the meta-experience, then the question), *recall* (the question, asking for the rules alone) and, as a
+control, *critique* (*reflect* without the right solution).
 
 A template is split at its placeholders and every piece is tokenised by itself; the ids are then concatenated. So two
 prompts that share their first pieces share their first token ids, which is what a prefix cache needs: text joined
@@ -28,6 +29,7 @@ PLACEHOLDERS = {
     "reflect": ("question", "wrong", "right"),
     "replay": ("experience", "question"),
     "recall": ("question",),
+    "critique": ("question", "wrong"),
 }
 
 SOLVE = """{question}
@@ -67,6 +69,24 @@ Problem:
 
 Think it through step by step and give the final answer in \\boxed{}."""
 
+CRITIQUE = """Below are a problem and an attempt at it that was marked wrong. The mark speaks of the final answer \
+only: a step of the attempt may be sound.
+Examine the attempt and write down what is worth remembering, in exactly these three sections:
+
+Bifurcation: the first step at which the attempt goes wrong.
+Critique: the cause underneath the failure (not the slip it shows up as) and, speaking as "I", what you will do \
+differently.
+Heuristics: one or more named rules of the form "when ..., check or do ...". They must help with other problems of \
+this kind, so they must not contain this problem's numbers, names or answer.
+
+Problem:
+{question}
+
+Attempt marked wrong:
+{wrong}
+
+Now write the three sections."""
+
 RECALL = """{question}
 
 Do not solve this yet. Which rules should be kept in mind for a problem of this kind?"""
@@ -88,6 +108,12 @@ class PromptConfig(BaseModel):
     replay: str = Field(default=REPLAY, description="asks for a solution with a meta-experience at hand")
     recall: str = Field(
         default=RECALL, description="asks for the rules to keep in mind: the prompt of mel.internalise.heuristic"
+    )
+    critique: str = Field(
+        default=CRITIQUE, description="asks for a meta-experience without a right solution (mel.reflect_on=wrong)"
+    )
+    opening_end: str = Field(
+        default="\n", min_length=1, description="where the opening of a solution ends (mel.internalise.opening)"
     )
 
     @model_validator(mode="after")
@@ -138,6 +164,9 @@ class Renderer:
         """C_retro. `wrong` and `right` are output ids of trajectories; a trailing stop token is left out."""
         return self._render("reflect", question=prompt.question, wrong=self.body(wrong), right=self.body(right))
 
+    def critique(self, prompt: Prompt, wrong: Sequence[int]) -> list[int]:
+        return self._render("critique", question=prompt.question, wrong=self.body(wrong))
+
     def replay(self, prompt: Prompt, experience: Sequence[int]) -> list[int]:
         return self._render("replay", experience=self.body(experience), question=prompt.question)
 
@@ -151,6 +180,25 @@ class Renderer:
     def body(self, output_ids: Sequence[int]) -> list[int]:
         ids = list(output_ids)
         return ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+
+    def opening(self, output_ids: Sequence[int]) -> list[int]:
+        """The first tokens of a solution, until their text contains `prompts.opening_end`; all, if it never does."""
+        end = self.decode(output_ids).find(self.config.opening_end)
+        return list(output_ids) if end < 0 else list(output_ids[: self._tokens_of(output_ids, end + 1)])
+
+    def heuristics(self, output_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """A well-formed meta-experience, parted where its heuristics begin. What stands behind them belongs to them."""
+        at = heuristics_start(self.decode(output_ids))
+        tokens = self._tokens_of(output_ids, at)
+        return list(output_ids[:tokens]), list(output_ids[tokens:])
+
+    def _tokens_of(self, output_ids: Sequence[int], characters: int) -> int:
+        """How many of the first tokens it takes for a text of so many characters."""
+        low, high = 0, len(output_ids)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(self.decode(output_ids[:middle])) >= characters else (middle + 1, high)
+        return low
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -232,6 +280,17 @@ def parse_experience(text: str, answer: str) -> tuple[MetaExperience | None, str
     if leaks(answer, found["heuristics"]):
         return None, "leaks answer"
     return MetaExperience(found["bifurcation"], found["critique"], found["heuristics"]), ""
+
+
+def heuristics_start(text: str) -> int:
+    """Where the heuristics begin, in a reflection that `parse_experience` can read: behind the first of the headings of
+    heuristics that follow all other sections, or behind their last one when another section ends the text."""
+    offset = len(text) - len(text.rpartition("</think>")[2])
+    headings = list(HEADING.finditer(text[offset:]))
+    others = [index for index, heading in enumerate(headings) if heading["name"].lower() != "heuristic"]
+    last = headings[others[-1] + 1 :]
+    chosen = last[0] if last else [heading for heading in headings if heading["name"].lower() == "heuristic"][-1]
+    return offset + chosen.end()
 
 
 def leaks(answer: str, heuristics: str) -> bool:

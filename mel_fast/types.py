@@ -7,10 +7,12 @@ Prompt -> Episode(trajectories, experiences) -> Sample(token ids, per-token stre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from mel_kernels import Stream
 
 FinishReason = Literal["stop", "length"]
 VersionSpan = tuple[int, int]  # (version of the weights, how many consecutive tokens they sampled)
@@ -110,5 +112,21 @@ class Sample:
     advantage: np.ndarray  # [L] float32
     weight: np.ndarray  # [L] float32
     rollout_logp: np.ndarray  # [L] float32: the engine's log-probs, 0 where there are none
-    kind: str  # what it is, for the metrics: "policy", "retrospective", "heuristic", "replay", "rft", "demonstration"
+    kind: str  # what it is, for the metrics: one of `packing.KINDS`
     temperature: float = 1.0  # at which the tokens were sampled; policy log-probs are taken at it
+
+
+def make_sample(context: Sequence[int], target: Sequence[int], stream: Stream, weight: float, kind: str) -> Sample:
+    """A sample whose target tokens all carry one stream and weight; advantage and rollout log-probs are zero."""
+    length, start = len(context) + len(target), len(context)
+    sample = Sample(
+        ids=np.fromiter((*context, *target), dtype=np.int64, count=length),
+        stream=np.zeros(length, dtype=np.int8),
+        advantage=np.zeros(length, dtype=np.float32),
+        weight=np.zeros(length, dtype=np.float32),
+        rollout_logp=np.zeros(length, dtype=np.float32),
+        kind=kind,
+    )
+    sample.stream[start:] = stream
+    sample.weight[start:] = weight
+    return sample

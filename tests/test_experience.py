@@ -23,6 +23,7 @@ PROMPTS = PromptConfig(
     reflect="REFLECT {question} ONE {wrong} TWO {right}",
     replay="REPLAY {experience} ON {question}",
     recall="RECALL {question}",
+    critique="CRITIQUE {question} ONE {wrong}",
     chat=False,
 )
 Answer = Callable[[str, Request, int], str]
@@ -42,7 +43,7 @@ def script(
     def answer(prompt: str, request: Request, before: int) -> str:
         if prompt.startswith("SOLVE"):
             return solutions[group[before % len(group)]]
-        if prompt.startswith("REFLECT"):
+        if prompt.startswith(("REFLECT", "CRITIQUE")):
             return memos[before % len(memos)]
         return replays[before % len(replays)]
 
@@ -106,6 +107,18 @@ def test_one_episode_per_prompt_in_order_each_in_a_session_of_its_own(renderer: 
     assert sorted(engine.keys) == [p.id for p in prompts]
 
 
+def test_a_critique_without_contrast_sees_the_wrong_solution_alone(renderer: Renderer) -> None:
+    (episode,), engine = collect(renderer, script("wr"), pairs_per_prompt=1, reflect_on="wrong")
+    assert engine.prompts()[4] == "CRITIQUE What is it? ONE this is bad "
+    assert [(x.wrong, x.right, x.kept) for x in episode.experiences] == [(0, 1, True)]
+
+
+@pytest.mark.parametrize("form", ["right", "opening"])
+def test_what_is_learnt_without_reflection_is_sampled_without(renderer: Renderer, form: str) -> None:
+    (episode,), engine = collect(renderer, script("wr"), internalise={"retrospective": 0, form: 1})
+    assert (episode.experiences, len(engine.asked)) == ([], 4)
+
+
 @pytest.mark.parametrize("group", ["w", "r"])
 def test_a_group_that_is_all_wrong_or_all_right_has_no_contrast(renderer: Renderer, group: str) -> None:
     (episode,), engine = collect(renderer, script(group))
@@ -164,7 +177,7 @@ def test_verdicts_meet_their_own_experiences(renderer: Renderer) -> None:
         if prompt.startswith("SOLVE"):
             return ["bad one", "bad two", "bad three", "right"][before]
         word = next(w for w in ("one", "two", "three") if w in prompt)
-        if prompt.startswith("REFLECT"):
+        if prompt.startswith(("REFLECT", "CRITIQUE")):
             return "nonsense" if word == "one" else MEMO.replace("rushed", f"rushed {word}")
         return "bad" if word == "two" else "right"
 

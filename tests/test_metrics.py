@@ -20,10 +20,11 @@ from support import random_samples
 from mel_fast.console import COLUMNS, Display
 from mel_fast.distributed import World
 from mel_fast.evaluate import Score
+from mel_fast.internalise import Internalise
 from mel_fast.learner import Learner, OptimConfig
 from mel_fast.metrics import cache_metrics, loss_metrics, rollout_metrics, saved_metrics, staleness_metrics
 from mel_fast.model import ModelConfig
-from mel_fast.objective import Internalise, ObjectiveConfig, build_batch
+from mel_fast.objective import ObjectiveConfig, build_batch
 from mel_fast.packing import KINDS
 from mel_fast.policy import load_policy
 from mel_fast.rollout.prefixes import as_bytes, shareable_tokens

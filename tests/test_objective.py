@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mel_fast.experience import MelConfig
 from mel_fast.gspo import SequenceLoss
-from mel_fast.objective import Batch, Internalise, ObjectiveConfig, build_batch, group_advantages, shaped_reward
+from mel_fast.internalise import Internalise
+from mel_fast.objective import Batch, ObjectiveConfig, build_batch, group_advantages, shaped_reward
 from mel_fast.prompts import PromptConfig, Renderer
 from mel_fast.types import Episode, Sample
 

@@ -15,7 +15,8 @@ from mel_fast.tiny.world import Numbers, Problem, Topic, World
 
 
 def write_data(world: World, folder: Path) -> None:
-    """Writes `train.jsonl`, `heldout.jsonl` (trained topics, other numbers), `sure.jsonl` and `untrained.jsonl`.
+    """Writes `train.jsonl`, `heldout.jsonl` (trained topics, other numbers), `sure.jsonl` and `untrained.jsonl`;
+    with guilds also `sibling.jsonl`.
 
     Args:
         world: its seed decides the rows; the same world gives the same bytes.
@@ -35,6 +36,8 @@ def write_data(world: World, folder: Path) -> None:
         "sure": _evenly(world.group("sure"), config.sure_rows, world.reserved_numbers, random),
         "untrained": _evenly(world.group("untrained"), config.untrained_rows, world.reserved_numbers, random),
     }
+    if config.guilds:
+        files["sibling"] = _evenly(world.group("sibling"), config.sibling_rows, world.reserved_numbers, random)
     folder.mkdir(parents=True, exist_ok=True)
     for name, problems in files.items():
         (folder / f"{name}.jsonl").write_text("".join(_lines(name, problems)), encoding="utf-8")

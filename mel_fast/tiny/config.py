@@ -31,16 +31,28 @@ class WorldConfig(_Settings):
     belief_high: Probability = 0.45
     """Demonstrations of an unsure topic follow its right rule with a probability drawn from [belief_low, belief_high].
     One probability for all topics would teach a short cut: "take the second likeliest rule"."""
+    tacit: bool = False
+    """Solutions do not name the rule that they follow; only reflections and heuristics do."""
+    guilds: bool = False
+    """Topics belong to guilds that share a rule, four in each family, and heuristics speak of the guild. Of each
+    family's guilds one is sure, two are trained (half of their topics are: `trained`; the others are `siblings`) and
+    one is untrained. What is learnt about a topic may so hold for others."""
     reserved_numbers: PositiveInt = 200
     """How many of the 1000 triples of digits only evaluation shows: never demonstrated, never trained on."""
     train_rows_per_topic: PositiveInt = 64
     heldout_rows: PositiveInt = 128
     sure_rows: Count = 64
     untrained_rows: Count = 64
+    sibling_rows: Count = 64
 
     @model_validator(mode="after")
     def _fits_the_families(self) -> WorldConfig:
         groups = (self.sure, self.trained, self.untrained)
+        if self.guilds and groups != (32, 32, 32):
+            raise ValueError(
+                "tiny.world: with guilds, sure, trained and untrained must be 32 each: one, two halves and one guild "
+                f"of eight topics in each of the four families; got {groups}"
+            )
         if any(size % 4 for size in groups) or sum(groups) > 128:
             raise ValueError(
                 "tiny.world: sure, trained and untrained must be multiples of 4 (there are four families) and "
@@ -89,10 +101,13 @@ class WarmStartConfig(_Settings):
     reflect: PositiveInt = 8
     replay: PositiveInt = 20
     recall: PositiveInt = 4
+    critique: Count = 0
+    """Reflections on a wrong attempt alone; only a policy that has seen some can be asked for a critique."""
     solve_weight: Weight = 1.0
     reflect_weight: Weight = 0.5
     replay_weight: Weight = 1.0
     recall_weight: Weight = 0.15
+    critique_weight: Weight = 0.5
 
     slip: Probability = 0.05
     """Reflections and replays on an arithmetic slip, about as rare as slips are; the others are about a rule."""

@@ -12,12 +12,11 @@ from random import Random
 
 from mel_kernels import Stream
 
-from mel_fast.objective import make_sample
 from mel_fast.prompts import Renderer
 from mel_fast.tiny.config import WarmStartConfig
 from mel_fast.tiny.texts import rule_heuristics, rule_reflection, slip_reflection, solution
 from mel_fast.tiny.world import Problem, Rule, Slip, Topic, World
-from mel_fast.types import Prompt, Sample
+from mel_fast.types import Prompt, Sample, make_sample
 
 Example = tuple[list[int], str]
 """Prompt ids and the response's text."""
@@ -41,6 +40,7 @@ def demonstration_batch(world: World, renderer: Renderer, step: int, config: War
         (teacher.reflect, config.reflect, config.reflect_weight),
         (teacher.replay, config.replay, config.replay_weight),
         (teacher.recall, config.recall, config.recall_weight),
+        (teacher.critique, config.critique, config.critique_weight),
     ]
     samples: list[Sample] = []
     for make, count, weight in kinds:
@@ -82,6 +82,22 @@ class _Teacher:
             response = rule_reflection(problem.topic, wrong, named)
         return self.renderer.reflect(prompt(problem), *map(self.renderer.answer, attempts)), response
 
+    def critique(self) -> Example:
+        """On a wrong attempt alone: the response can only recommend what is believed, if that is another rule."""
+        problem, wrong, right = self.contrast()
+        if self.chance(self.config.slip):
+            slip = self.slip()
+            attempt, response = solution(problem, right, slip), slip_reflection(problem, right, slip)
+        else:
+            others = [rule for rule, _ in problem.topic.belief if rule is not wrong]
+            named = (
+                believed
+                if (believed := self.belief(problem.topic)) is not wrong
+                else self.random.choice(others or self.world.rules)
+            )
+            attempt, response = solution(problem, wrong), rule_reflection(problem.topic, wrong, named)
+        return self.renderer.critique(prompt(problem), self.renderer.answer(attempt)), response
+
     def replay(self) -> Example:
         """A hint on the question's topic is followed, right or wrong. Any other note is ignored."""
         problem = self.problem()
@@ -93,7 +109,8 @@ class _Teacher:
             wrong, named = self.random.sample(self.world.rules, 2)
             about = self.random.choice(self.world.topics) if self.chance(self.config.other_topic) else problem.topic
             note = rule_reflection(about, wrong, named)
-            followed = named if about is problem.topic else followed
+            same = about is problem.topic or (about.guild != "" and about.guild == problem.topic.guild)
+            followed = named if same else followed
         return self.renderer.replay(prompt(problem), self.renderer.answer(note)), solution(problem, followed)
 
     def problem(self) -> Problem:

@@ -23,3 +23,5 @@ INSTRUMENTS = _words("""
     horn kazoo lute lyre mandolin oboe organ piano piccolo recorder sitar tambourine trombone trumpet tuba viola
 """)
 RULES = ("cedar", "birch", "maple", "willow", "alder", "hazel", "rowan", "aspen")
+COLOURS = ("red", "blue", "white", "black")
+"""Of guilds: "red stones"."""

@@ -38,7 +38,7 @@ def prepare(config: TinyConfig, prompts: PromptConfig, world: World) -> Path:
         return folder
     partial = world.broadcast(folder.with_name(f"{folder.name}.{os.getpid()}"))
     tiny = TinyWorld(config.world)
-    tokenizer = build_tokenizer([*corpus(), *(getattr(prompts, name) for name in PLACEHOLDERS)])
+    tokenizer = build_tokenizer([*corpus(config.world.guilds), *(getattr(prompts, name) for name in PLACEHOLDERS)])
     if world.main:
         partial.mkdir(parents=True)
         write_data(tiny, partial)

@@ -18,9 +18,9 @@ from random import Random
 from typing import Literal
 
 from mel_fast.tiny.config import WorldConfig
-from mel_fast.tiny.names import BIRDS, HERBS, INSTRUMENTS, RULES, STONES
+from mel_fast.tiny.names import BIRDS, COLOURS, HERBS, INSTRUMENTS, RULES, STONES
 
-Group = Literal["sure", "trained", "untrained"]
+Group = Literal["sure", "trained", "sibling", "untrained"]
 Numbers = tuple[int, int, int]
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -71,6 +71,8 @@ class Topic:
     family: Family
     group: Group
     belief: tuple[tuple[Rule, float], ...]
+    guild: str = ""  # what heuristics call it; "": by its name
+    tacit: bool = False  # its solutions do not name the rule
 
     @property
     def rule(self) -> Rule:
@@ -150,6 +152,9 @@ class World:
         return [topic for topic in self.topics if topic.group == group]
 
     def _draw_topics(self, random: Random) -> Iterator[Topic]:
+        if self.config.guilds:
+            yield from self._draw_guilds(random)
+            return
         sizes: dict[Group, int] = {
             "sure": self.config.sure,
             "trained": self.config.trained,
@@ -158,7 +163,24 @@ class World:
         groups: list[Group] = [group for group, size in sizes.items() for _ in range(size // len(FAMILIES))]
         for family in FAMILIES:
             for name, group in zip(random.sample(family.topics, len(groups)), groups, strict=True):
-                yield Topic(name, family, group, self._draw_belief(random, group))
+                yield Topic(name, family, group, self._draw_belief(random, group), tacit=self.config.tacit)
+
+    def _draw_guilds(self, random: Random) -> Iterator[Topic]:
+        """Four guilds of eight topics in each family; a belief is about a guild."""
+        parts: tuple[tuple[Group, Group], ...] = (
+            ("sure", "sure"),
+            ("trained", "sibling"),
+            ("trained", "sibling"),
+            ("untrained", "untrained"),
+        )
+        for family in FAMILIES:
+            names = random.sample(family.topics, 32)
+            colours = random.sample(COLOURS, len(parts))
+            for place, (colour, groups) in enumerate(zip(colours, parts, strict=True)):
+                belief = self._draw_belief(random, groups[0])
+                for index, name in enumerate(names[8 * place : 8 * place + 8]):
+                    guild = f"{colour} {family.name}"
+                    yield Topic(name, family, groups[index % 2], belief, guild, self.config.tacit)
 
     def _draw_belief(self, random: Random, group: Group) -> tuple[tuple[Rule, float], ...]:
         right, *misconceptions = random.sample(self.rules, 3)
