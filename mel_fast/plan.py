@@ -12,7 +12,6 @@ from mel_fast.config import Config
 from mel_fast.errors import InputError
 from mel_fast.memory import GIB, SPARE, Planner
 from mel_fast.model import ModelConfig
-from mel_fast.prompts import PLACEHOLDERS
 
 MOMENTS = {"head": "head's gradient", "blocks": "backward of a block", "end": "end of the backward"}
 
@@ -71,13 +70,9 @@ def model_shape(config: Config) -> tuple[Any, str]:
     """The transformers configuration of the model, and where it is known from."""
     if config.tiny is not None:
         from mel_fast.tiny.model import model_config
-        from mel_fast.tiny.texts import corpus
-        from mel_fast.tiny.tokenizer import build_tokenizer
+        from mel_fast.tiny.prepare import tokenizer_of
 
-        tokenizer = build_tokenizer(
-            [*corpus(config.tiny.world.guilds), *(getattr(config.prompts, name) for name in PLACEHOLDERS)]
-        )
-        return model_config(config.tiny.model, tokenizer), "embedded world"
+        return model_config(config.tiny.model, tokenizer_of(config.tiny, config.prompts)), "embedded world"
     return named_shape(config.model)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from mel_kernels import LossConfig
 from rich.console import Console
 from rich.progress import track
+from transformers import PreTrainedTokenizerFast
 
 from mel_fast.checkpoint import export_model
 from mel_fast.distributed import World
@@ -38,7 +39,7 @@ def prepare(config: TinyConfig, prompts: PromptConfig, world: World) -> Path:
         return folder
     partial = world.broadcast(folder.with_name(f"{folder.name}.{os.getpid()}"))
     tiny = TinyWorld(config.world)
-    tokenizer = build_tokenizer([*corpus(config.world.guilds), *(getattr(prompts, name) for name in PLACEHOLDERS)])
+    tokenizer = tokenizer_of(config, prompts)
     if world.main:
         partial.mkdir(parents=True)
         write_data(tiny, partial)
@@ -77,6 +78,11 @@ def prepare(config: TinyConfig, prompts: PromptConfig, world: World) -> Path:
         )
     world.barrier()
     return folder
+
+
+def tokenizer_of(config: TinyConfig, prompts: PromptConfig) -> PreTrainedTokenizerFast:
+    """Every word of the world and of the prompts is one token."""
+    return build_tokenizer([*corpus(config.world.guilds), *(getattr(prompts, name) for name in PLACEHOLDERS)])
 
 
 def _cache() -> Path:
