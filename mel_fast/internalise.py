@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mel_fast.prompts import Renderer
 from mel_fast.types import Episode, Experience, Prompt, Sample, make_sample
 
-Pair = tuple[list[int], list[int]]
-"""Context and target, as token ids."""
+Pair = tuple[str, list[int], list[int]]
+"""The prompt's id; context and target, as token ids."""
 
 
 class Internalise(BaseModel):
@@ -64,9 +64,9 @@ def meta_experience_samples(
             pairs = _right(kind, episodes, renderer)
         else:
             pairs = [pair for place in places if (pair := _form(kind, *place, renderer)) is not None]
-        for context, target in pairs:
+        for origin, context, target in pairs:
             weight = coefficient * nll_weight / (len(pairs) * len(target))
-            samples.append(make_sample(context, target, Stream.NLL, weight, kind))
+            samples.append(make_sample(context, target, Stream.NLL, weight, kind, origin))
     return samples
 
 
@@ -75,24 +75,24 @@ def _form(kind: str, prompt: Prompt, place: Experience, told: Experience, render
     it has none."""
     context, written = place.reflection.prompt_ids, told.reflection.output_ids
     if kind == "retrospective":
-        return context, written
+        return prompt.id, context, written
     if kind == "conclusion":
         before, heuristics = renderer.heuristics(written)
-        return context + before, heuristics
+        return prompt.id, context + before, heuristics
     if kind == "heuristic":
         assert told.meta is not None  # a kept one is well-formed
-        return renderer.recall(prompt), renderer.answer(told.meta.heuristics)
+        return prompt.id, renderer.recall(prompt), renderer.answer(told.meta.heuristics)
     if told.replay is not None and told.replay.correct and told.replay.output_ids:
-        return renderer.solve(prompt), told.replay.output_ids
+        return prompt.id, renderer.solve(prompt), told.replay.output_ids
     return None
 
 
 def _right(kind: str, episodes: Sequence[Episode], renderer: Renderer) -> list[Pair]:
     """The right solutions of mixed groups, or how they begin."""
     mixed = [e for e in episodes if not all(t.correct for t in e.trajectories)]
-    right = [t for e in mixed for t in e.trajectories if t.correct and t.output_ids]
+    right = [(e.prompt.id, t) for e in mixed for t in e.trajectories if t.correct and t.output_ids]
     whole = kind == "right"
-    return [(t.prompt_ids, t.output_ids if whole else renderer.opening(t.output_ids)) for t in right]
+    return [(name, t.prompt_ids, t.output_ids if whole else renderer.opening(t.output_ids)) for name, t in right]
 
 
 def _shuffled(kept: Sequence[tuple[Prompt, Experience]]) -> list[tuple[Prompt, Experience, Experience]]:

@@ -213,7 +213,8 @@ def _policy(
                 "token": all_tokens,
                 "constant": per_response * max_new_tokens,
             }[config.aggregation]
-            sample = make_sample(trajectory.prompt_ids, trajectory.output_ids, Stream.POLICY, 1 / denominator, "policy")
+            ids, origin = (trajectory.prompt_ids, trajectory.output_ids), episode.prompt.id
+            sample = make_sample(*ids, Stream.POLICY, 1 / denominator, "policy", origin)
             sample.advantage[len(trajectory.prompt_ids) :] = advantage
             sample.rollout_logp[len(trajectory.prompt_ids) :] = trajectory.logprobs
             sample.temperature = temperature
@@ -223,7 +224,8 @@ def _policy(
 
 def _rft(episodes: Sequence[Episode]) -> list[Sample]:
     """Rejection-sampling fine-tuning: the NLL of the right responses, mean over responses of the mean over tokens."""
-    right = [t for e in episodes for t in e.trajectories if t.correct and t.output_ids]
+    right = [(e.prompt.id, t) for e in episodes for t in e.trajectories if t.correct and t.output_ids]
     return [
-        make_sample(t.prompt_ids, t.output_ids, Stream.NLL, 1 / (len(right) * len(t.output_ids)), "rft") for t in right
+        make_sample(t.prompt_ids, t.output_ids, Stream.NLL, 1 / (len(right) * len(t.output_ids)), "rft", origin)
+        for origin, t in right
     ]

@@ -49,6 +49,7 @@ class PackedBatch:
     temperature: Tensor  # [N] float32
     kind: Tensor  # [N] int64, index into KINDS
     rollout_logp: Tensor  # [N] float32
+    members: Tensor  # [B] int64, which of the packed samples each sequence is
     old_logp: Tensor | None = None  # [N] float32; None: strictly on-policy
     ref_logp: Tensor | None = None  # [N] float32; None: no KL
 
@@ -61,8 +62,11 @@ class PackedBatch:
         return self.input_ids.numel()
 
 
-def collate(samples: Sequence[Sample]) -> PackedBatch:
+def collate(samples: Sequence[Sample], members: Sequence[int] | None = None) -> PackedBatch:
     """Lays samples end to end, in the order given.
+
+    Args:
+        members: what each is called by `PackedBatch.members`; by default its place among these.
 
     Raises:
         ValueError: a sample's first token carries loss (nothing precedes it that could predict it).
@@ -93,6 +97,7 @@ def collate(samples: Sequence[Sample]) -> PackedBatch:
         temperature=torch.from_numpy(temperatures[owner]),
         kind=torch.from_numpy(kinds[owner]),
         rollout_logp=torch.from_numpy(rollout_logp[targets]),
+        members=torch.tensor(range(len(samples)) if members is None else members),
     )
 
 
@@ -156,9 +161,11 @@ def pack(samples: Sequence[Sample], token_budget: int, world_size: int, cost: Co
     rounds = math.ceil((alone + math.ceil(shared / token_budget)) / world_size)
     while (bins := _fill(lengths, costs, token_budget, rounds * world_size)) is None:
         rounds += 1
-    bins.sort(key=lambda members: -sum(costs[i] for i in members))
-    filled = [[samples[order[i]] for i in members] or [_lossless(samples[0])] for members in bins]
-    return [[collate(members) for members in filled[rank::world_size]] for rank in range(world_size)]
+    bins.sort(key=lambda chosen: -sum(costs[i] for i in chosen))
+    members = [[order[i] for i in chosen] for chosen in bins]
+    # What keeps an idle rank in step is cut from the first sample, and counts as a part of it.
+    batches = [collate([samples[i] for i in m], m) if m else collate([_lossless(samples[0])]) for m in members]
+    return [batches[rank::world_size] for rank in range(world_size)]
 
 
 def balance_metrics(plan: Sequence[Sequence[PackedBatch]], token_budget: int, cost: Cost) -> dict[str, float]:

@@ -114,9 +114,12 @@ class Sample:
     rollout_logp: np.ndarray  # [L] float32: the engine's log-probs, 0 where there are none
     kind: str  # what it is, for the metrics: one of `packing.KINDS`
     temperature: float = 1.0  # at which the tokens were sampled; policy log-probs are taken at it
+    origin: str = ""  # id of the prompt that it comes from; for messages only
 
 
-def make_sample(context: Sequence[int], target: Sequence[int], stream: Stream, weight: float, kind: str) -> Sample:
+def make_sample(
+    context: Sequence[int], target: Sequence[int], stream: Stream, weight: float, kind: str, origin: str = ""
+) -> Sample:
     """A sample whose target tokens all carry one stream and weight; advantage and rollout log-probs are zero."""
     length, start = len(context) + len(target), len(context)
     sample = Sample(
@@ -126,6 +129,7 @@ def make_sample(context: Sequence[int], target: Sequence[int], stream: Stream, w
         weight=np.zeros(length, dtype=np.float32),
         rollout_logp=np.zeros(length, dtype=np.float32),
         kind=kind,
+        origin=origin,
     )
     sample.stream[start:] = stream
     sample.weight[start:] = weight

@@ -133,6 +133,7 @@ def fake_batch(tokens: int, rows: int) -> PackedBatch:
         temperature=number,
         kind=row,
         rollout_logp=number,
+        members=torch.arange(8),
     )
 
 
