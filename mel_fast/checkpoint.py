@@ -47,7 +47,8 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, state: dict[str, 
     final = folder / f"step_{step:06d}"
     partial = folder / f".writing_{final.name}"
     if world.main:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(".writing_*"):  # by runs that were killed here
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     world.barrier()
     state_dict_saver.save(_tensors(learner), checkpoint_id=partial)
@@ -61,7 +62,7 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, state: dict[str, 
         shutil.rmtree(final, ignore_errors=True)  # left by a run that went on from an earlier checkpoint
         partial.rename(final)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(partial.with_name(f".writing_{old.name}")))  # never half of it under its name
     world.barrier()
     return final
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
 
+from mel_fast.elastic import lasting_store, meet
 from mel_fast.errors import InputError
 
 
@@ -24,6 +25,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    attempt: str = ""  # of torchrun to run this world, see elastic.meet
 
     @property
     def main(self) -> bool:
@@ -55,10 +57,18 @@ class World:
             if not chosen:
                 continue
             values = torch.stack([metrics[name].detach().to(self.device, torch.float64) for name in chosen])
+            if ending:  # a NaN of one rank may be lost among numbers when they are maximised; infinity is not
+                values = values.masked_fill(values.isnan(), torch.inf)
             if self.size > 1:
                 dist.all_reduce(values, op=operation)
             result.update(zip(chosen, values.tolist(), strict=True))
         return result
+
+    def add(self, values: torch.Tensor) -> list[float]:
+        """Adds a vector over ranks, in place. Every rank passes as many values and gets the same sums."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -76,6 +86,7 @@ def join_world(device: str, timeout_minutes: float) -> Iterator[World]:
 
     Raises:
         InputError: `cuda` was asked for and there is none.
+        LaunchError: a rank did not start.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("run.device=cuda, but torch sees no CUDA device; use run.device=auto or cpu")
@@ -85,11 +96,15 @@ def join_world(device: str, timeout_minutes: float) -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    # Without torchrun: a group of one, so that FSDP2 and checkpoints work the same way.
-    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+    attempt, meeting = "", {}
+    if (store := lasting_store()) is not None:
+        attempt = meet(store, rank, size)
+        meeting = {"store": PrefixStore(attempt, store), "rank": rank, "world_size": size}
+    elif "RANK" not in os.environ:  # a group of one, so that FSDP2 and checkpoints work the same way
+        meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **meeting)
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, attempt)
         dist.barrier()
     finally:
         global _object_group

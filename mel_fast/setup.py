@@ -16,6 +16,7 @@ from mel_fast.config import Config
 from mel_fast.console import Display
 from mel_fast.data import Cursor, Source, load_prompts
 from mel_fast.distributed import World, join_world
+from mel_fast.elastic import remember_run
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
 from mel_fast.feed import Feed
@@ -26,7 +27,7 @@ from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
 from mel_fast.rollout.launch import check_engine, open_engine
 from mel_fast.run import Desk, Run, Sampling
-from mel_fast.telemetry import Metrics, RunDirectory
+from mel_fast.telemetry import Metrics, RunDirectory, write_whole
 from mel_fast.tiny.prepare import prepare
 from mel_fast.types import Prompt
 from mel_fast.verify import Verifier
@@ -45,6 +46,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
     Raises:
         InputError: data, model or checkpoint that cannot be used.
         EngineError: rollout servers that do not start.
+        LaunchError: a rank that does not start.
     """
     with ExitStack() as stack:
         world = stack.enter_context(join_world(config.run.device, config.run.collective_timeout_minutes))
@@ -65,7 +67,8 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         # Only now, so that a run that cannot start leaves nothing behind and `latest` stays what it was.
         directory = RunDirectory(config.run.folder, config.run.name, resume) if world.main else None
         if directory is not None:
-            directory.file("config.yaml").write_text(saved.to_yaml())
+            write_whole(directory.file("config.yaml"), saved.to_yaml())
+            remember_run(directory.path)
         found = world.broadcast(checkpoints(directory.path / "checkpoints") if directory else None)
         if resume is not None and found:
             state = load_checkpoint(found[-1], learner)

@@ -77,6 +77,13 @@ class RunDirectory:
         return path
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file at once: a run that is killed here leaves the old one or the new one, never half of it."""
+    partial = path.with_name(f".writing_{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def _fresh(folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -102,7 +109,7 @@ class Metrics:
     ) -> None:
         path = directory.file("metrics.jsonl")
         kept = [line for line in read_jsonl(path) if line["step"] <= steps_done] if steps_done and path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = self._wandb = None
         if "tensorboard" in config.writers:

@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from mel_fast.config import parse_arguments
 from mel_fast.distributed import leave
-from mel_fast.errors import EngineError, InputError
+from mel_fast.elastic import arguments_of, remember_refusal
+from mel_fast.errors import EngineError, InputError, LaunchError
 from mel_fast.plan import plan
 from mel_fast.run import Run
 from mel_fast.setup import open_run
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     disable_progress_bar()  # transformers' own; ours shows the steps
     try:
-        options, config = parse_arguments(sys.argv[1:] if arguments is None else arguments, "mel_fast.train")
+        arguments = arguments_of(sys.argv[1:] if arguments is None else arguments)  # torchrun may have restarted us
+        options, config = parse_arguments(arguments, "mel_fast.train")
         if options.dry_run:
             text = config.to_yaml() + "\n" + plan(config)
             if rank == 0:
@@ -49,9 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with open_run(config, options.resume) as run:
             train(run)
-    except (InputError, EngineError) as error:
+    except (InputError, EngineError, LaunchError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1  # what is wrong with the input, no restart will mend
+        if not isinstance(error, InputError):
+            return 1
+        remember_refusal(error)  # what is wrong with the input, no restart will mend
+        return 2
     return 0
 
 

@@ -72,10 +72,33 @@ def test_a_checkpoint_cut_off_while_it_was_written_is_not_one(model_folder: Path
     trained = learner(model_folder, world)
     whole = save_checkpoint(tmp_path, 1, trained, {}, 2, world)
     (tmp_path / ".writing_step_000002").mkdir()
+    (tmp_path / ".writing_step_000009" / "part").mkdir(parents=True)  # of a run with another plan
     (tmp_path / "step_000003").mkdir()  # no state.json
     assert checkpoints(tmp_path) == [whole]
     save_checkpoint(tmp_path, 2, trained, {}, 2, world)  # what is left of the attempt is no obstacle
     assert len(checkpoints(tmp_path)) == 2
+    assert not list(tmp_path.glob(".writing_*"))
+
+
+def test_a_checkpoint_cut_off_while_it_was_removed_is_not_one(
+    model_folder: Path, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = learner(model_folder, world)
+    old = save_checkpoint(tmp_path, 1, trained, {}, 1, world)
+
+    def killed(path: Path, **_: object) -> None:
+        for file in path.glob("*.distcp"):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("mel_fast.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, trained, {}, 1, world)
+    assert not old.exists()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000002"]
+    save_checkpoint(tmp_path, 3, trained, {}, 1, world)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(
