@@ -32,6 +32,8 @@ from benchmarks.study_arms import ARMS, RATES, SEEDS, STEPS, SWEEP_SEEDS, WORLDS
 
 OBJECTIVE = "solution/trained"
 """What a learning rate is chosen by."""
+CLOSE = 0.05
+"""A rate that is worse by more than this is given up."""
 
 
 class Study:
@@ -71,27 +73,34 @@ class Study:
         return found
 
     def choose_rates(self, arms: Sequence[str]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The best learning rate of each arm in the sweep's worlds, and what was seen there."""
-        found = self.run([_sweep(arm, rate, seed) for arm in arms for rate in RATES for seed in SWEEP_SEEDS])
-        # A rate at the edge may not be the best one: look one step further.
-        edges = {
-            arm: rate * (0.5 if rate == RATES[0] else 2) for arm in arms if (rate := _best(found, arm)) != RATES[1]
-        }
-        found |= self.run([_sweep(arm, rate, seed) for arm, rate in edges.items() for seed in SWEEP_SEEDS])
+        """The best learning rate of each arm in the sweep's worlds, and what was seen there. Rates that are clearly
+        worse in the first of these worlds are not tried in the others."""
+        first, *others = SWEEP_SEEDS
+        found = self.run([_sweep(arm, rate, first) for arm in arms for rate in RATES])
+        # The best one may lie beyond the edge: look one step further.
+        edges = {arm: _best(found, arm)[0] for arm in arms}
+        further = {arm: rate * (0.5 if rate == min(RATES) else 2) for arm, rate in edges.items() if rate != RATES[1]}
+        found |= self.run([_sweep(arm, rate, first) for arm, rate in further.items()])
+        close = [(arm, rate) for arm in arms for rate in _best(found, arm)]
+        found |= self.run([_sweep(arm, rate, seed) for arm, rate in close for seed in others])
         sweep = [asdict(trial) | {OBJECTIVE: result["probabilities"][OBJECTIVE]} for trial, result in found.items()]
-        return {arm: _best(found, arm) for arm in arms}, sweep
+        return {arm: _best(found, arm)[0] for arm in arms}, sweep
 
 
 def _sweep(arm: str, rate: float, seed: int) -> Trial:
     return Trial("plain", arm, rate, seed, judged=False)
 
 
-def _best(found: dict[Trial, dict[str, Any]], arm: str) -> float:
-    by_rate: dict[float, float] = {}
+def _best(found: dict[Trial, dict[str, Any]], arm: str) -> list[float]:
+    """The arm's rates within `CLOSE` of its best one, best first; of those tried in the most worlds."""
+    scores: dict[float, list[float]] = {}
     for trial, result in found.items():
         if trial.arm == arm:
-            by_rate[trial.rate] = by_rate.get(trial.rate, 0.0) + result["probabilities"][OBJECTIVE]
-    return max(by_rate, key=by_rate.__getitem__)
+            scores.setdefault(trial.rate, []).append(result["probabilities"][OBJECTIVE])
+    worlds = max(map(len, scores.values()))
+    means = {rate: sum(seen) / worlds for rate, seen in scores.items() if len(seen) == worlds}
+    ranked = sorted(means, key=means.__getitem__, reverse=True)
+    return [rate for rate in ranked if means[rate] >= means[ranked[0]] - CLOSE]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

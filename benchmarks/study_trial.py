@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from mel_kernels import Stream
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.study_arms import Trial
 from mel_fast import train
@@ -82,6 +83,7 @@ def run(trial: Trial, folder: Path) -> dict[str, Any]:
 def warm_up(trial: Trial) -> dict[str, Any]:
     """The world of a trial is in the cache, warm-started; its probabilities before any reinforcement learning."""
     torch.set_num_threads(1)
+    disable_progress_bar()
     _, config = parse_arguments(trial.options(), "study")
     assert config.tiny is not None
     return probabilities(config, prepare(config.tiny, config.prompts, ALONE) / "model")
