@@ -104,7 +104,7 @@ class Trial:
             "run.checkpoint_every": 0,
             "optim.lr": self.rate,
             "verify.workers": 1,
-            "eval.every": STEPS // 2 if self.judged else 0,
+            "eval.every": 0,
             "eval.at_ends": self.judged,
             "eval.sets": "[" + ", ".join(f'{{path: "{{tiny}}/{name}.jsonl"}}' for name in sets) + "]",
         }
