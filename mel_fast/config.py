@@ -57,7 +57,14 @@ class RunConfig(BaseModel):
     checkpoint_every: int = Field(default=20, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_checkpoints: int = Field(default=2, ge=1, description="the newest ones; older ones are removed")
     collective_timeout_minutes: float = Field(
-        default=240, gt=0, description="how long ranks wait for rank 0's rollouts"
+        default=240,
+        gt=0,
+        description="how long ranks wait for rank 0's rollouts, or it for them, until the run ends itself",
+    )
+    phase_timeout_minutes: float = Field(
+        default=60,
+        gt=0,
+        description="how long an update, a publication, a checkpoint or the export may take until the run ends itself",
     )
     device_memory_gib: float | None = Field(
         default=None, gt=0, description="--dry-run: memory of a device to plan for; unset: that of this machine's GPU"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class World:
             assert shares is not None
             return shares[0]
         received: list[Any] = [None]
-        dist.scatter_object_list(received, list(shares) if shares is not None else None, src=0, group=_objects())
+        dist.scatter_object_list(received, list(shares) if shares is not None else None, src=0, group=_object_group)
         return received[0]
 
     def broadcast(self, value: Any) -> Any:
@@ -45,7 +45,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=_objects())
+        dist.broadcast_object_list(box, src=0, group=_object_group)
         return box[0]
 
     def reduce(self, metrics: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -102,12 +102,14 @@ def join_world(device: str, timeout_minutes: float) -> Iterator[World]:
         meeting = {"store": PrefixStore(attempt, store), "rank": rank, "world_size": size}
     elif "RANK" not in os.environ:  # a group of one, so that FSDP2 and checkpoints work the same way
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **meeting)
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, **meeting)
+    global _object_group
+    _object_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=timeout)) if on_gpu else None
     try:
         yield World(rank, size, place, attempt)
         dist.barrier()
     finally:
-        global _object_group
         _object_group = None
         dist.destroy_process_group()
 
@@ -118,16 +120,5 @@ def leave() -> None:
     gc.collect()
 
 
-_object_group: dist.ProcessGroup | None = None
-
-
-def _objects() -> dist.ProcessGroup | None:
-    """Python objects travel over gloo: NCCL would copy them through GPU memory."""
-    global _object_group
-    if dist.get_backend() == "gloo":
-        return None
-    if _object_group is None:
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
-        _object_group = group
-    return _object_group
+_object_group: dist.ProcessGroup | None = None  # None: the default group
+"""Python objects travel over gloo: NCCL would copy them through GPU memory."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from mel_fast.rollout.engine import Engine
 from mel_fast.telemetry import Metrics, Phases, RunDirectory
 from mel_fast.types import Episode, Prompt, Trajectory
 from mel_fast.verify import Verifier
+from mel_fast.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +59,18 @@ class Run:
 
     config: Config
     world: World
+    folder: Path  # the run directory, which rank 0 made
     tokenizer: PreTrainedTokenizerBase
     learner: Learner
     desk: Desk | None
     steps_done: int
+    watchdog: Watchdog
     phases: Phases = field(default_factory=Phases)
 
     def publish(self, version: int) -> None:
         """The policy's weights -> the engine. Nothing when nothing ever changes or samples."""
         if self.config.run.mode == "full":
-            with self.phases("publish"):
+            with self._together("publish"):
                 engine = self.desk.sampling.engine if self.desk and self.desk.sampling else None
                 weights.publish(self.learner.policy, engine, version)
 
@@ -74,7 +78,7 @@ class Run:
         """Rank 0: samples the next step's episodes (or reads dumped ones). Empty on other ranks."""
         if self.desk is None:
             return []
-        with self.phases("collect"):
+        with self._phase("collect"):
             sampling, step = self.desk.sampling, self.steps_done
             if sampling is None:
                 return load_episodes(Path(self.config.run.rollouts or "") / _dump_name(step))
@@ -87,7 +91,7 @@ class Run:
         """Rank 0: episodes -> samples. None on other ranks."""
         if self.desk is None:
             return None
-        with self.phases("build_batch"):
+        with self._phase("build_batch"):
             config = self.config
             return build_batch(
                 episodes,
@@ -103,7 +107,7 @@ class Run:
         """All ranks: one optimizer step per mini-batch of the batch. Nothing in mode=rollout."""
         if self.config.run.mode == "rollout":
             return {}
-        with self.phases("update"):
+        with self._together("update"):
             if self.desk and self.desk.sampling:
                 self.desk.sampling.engine.release()
             return self.learner.update(batch.updates if batch else None, self.config.objective.loss)
@@ -141,7 +145,7 @@ class Run:
         if self.desk is None or self.desk.sampling is None or not self.desk.sampling.evaluation or not (due or at_end):
             return
         sampling, directory = self.desk.sampling, self.desk.directory
-        with self.phases("evaluate"):
+        with self._phase("evaluate"):
             scores = evaluate(
                 sampling.evaluation,
                 sampling.engine,
@@ -162,32 +166,38 @@ class Run:
         if settings.mode == "rollout":
             return
         if done == settings.steps or (settings.checkpoint_every and done % settings.checkpoint_every == 0):
-            folder = self._folder()
             state: dict[str, object] = {}
             if self.desk and self.desk.sampling:
                 state["cursor"] = self.desk.sampling.feed.state()
-            with self.phases("checkpoint"):
+            with self._together("checkpoint"):
                 save_checkpoint(
-                    folder / "checkpoints", done, self.learner, state, settings.keep_checkpoints, self.world
+                    self.folder / "checkpoints", done, self.learner, state, settings.keep_checkpoints, self.world
                 )
             self.phases.take()  # it ends no step, so it belongs to none
 
     def finish(self) -> None:
         """All ranks: exports the policy; rank 0 writes the report."""
-        folder = self._folder()
         if self.config.run.mode != "rollout":
-            export_model(folder / "model", self.learner.policy, self.tokenizer, self.world)
+            with self._together("export"):
+                export_model(self.folder / "model", self.learner.policy, self.tokenizer, self.world)
         if self.desk is not None:
-            summary = summarise(folder)
+            summary = summarise(self.folder)
             if summary.evaluations:
                 k = self.config.eval.samples
                 heading = ["data set", "Pass@1", f"Avg@{k}", f"Pass@{k}"]
                 self.desk.display.table("before -> after", heading, summary.rows())
-            self.desk.display.files(write_report(folder))
+            self.desk.display.files(write_report(self.folder))
 
-    def _folder(self) -> Path:
-        """The run directory, which rank 0 made."""
-        return self.world.broadcast(self.desk.directory.path if self.desk else None)
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Timed, and watched: `run.collective_timeout_minutes`."""
+        with self.watchdog.phase(name, self.steps_done), self.phases(name):
+            yield
+
+    def _together(self, name: str) -> AbstractContextManager[None]:
+        """A phase of all ranks, watched by `run.phase_timeout_minutes`, in which no time for rollouts is included."""
+        self.world.broadcast(None)  # comes when rank 0 does
+        return self._phase(name)
 
 
 def _dump_name(step: int) -> str:

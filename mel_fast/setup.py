@@ -31,8 +31,11 @@ from mel_fast.telemetry import Metrics, RunDirectory, write_whole
 from mel_fast.tiny.prepare import prepare
 from mel_fast.types import Prompt
 from mel_fast.verify import Verifier
+from mel_fast.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+SPARE_MINUTES = 5.0  # until collectives fail by themselves; the watchdog, which can say more, comes first
 
 
 @contextmanager
@@ -49,7 +52,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         LaunchError: a rank that does not start.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(join_world(config.run.device, config.run.collective_timeout_minutes))
+        longest = max(config.run.collective_timeout_minutes, config.run.phase_timeout_minutes)
+        world = stack.enter_context(join_world(config.run.device, longest + SPARE_MINUTES))
+        watchdog = stack.enter_context(Watchdog(world, config.run))
         config = saved = config.with_absolute_paths()
         if config.tiny is not None:
             config = config.with_tiny_folder(prepare(config.tiny, config.prompts, world))
@@ -69,7 +74,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         if directory is not None:
             write_whole(directory.file("config.yaml"), saved.to_yaml())
             remember_run(directory.path)
-        found = world.broadcast(checkpoints(directory.path / "checkpoints") if directory else None)
+        path = world.broadcast(directory.path if directory else None)
+        watchdog.write_to(path / "stacks")
+        found = world.broadcast(checkpoints(path / "checkpoints") if world.main else None)
         if resume is not None and found:
             state = load_checkpoint(found[-1], learner)
             steps_done = int(state["step"])
@@ -85,7 +92,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
             )
             sampling = open_sampling(config, renderer, data, directory, world, stack) if data else None
             desk = Desk(directory, metrics, display, renderer, sampling)
-        yield Run(config, world, tokenizer, learner, desk, steps_done)
+        yield Run(config, world, path, tokenizer, learner, desk, steps_done, watchdog)
 
 
 @dataclass(frozen=True, slots=True)

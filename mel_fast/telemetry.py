@@ -6,6 +6,7 @@ runs/20260131-142501-mel/
   rollouts/          step_000001.jsonl: every episode with its trajectories and experiences
   evaluations/       every answer given
   checkpoints/       the newest few
+  stacks/            rank_0.txt: where a rank was that hung, or that was ended by SIGTERM
   model/             the final policy, as transformers loads it
   report.html        curves, meta-experiences and rollouts in one file
 runs/latest          a link to the newest
