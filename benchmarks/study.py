@@ -44,9 +44,8 @@ class Study:
 
     def __init__(self, work: Path, workers: int) -> None:
         self.work = work
-        # Fresh processes now and then: what a run leaves in memory must not pile up over hundreds of them.
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=10)
+        # No max_tasks_per_child: with it the pool of Python 3.11 may wait for ever once all workers were replaced.
+        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
     def warm_up(self, trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
         """Builds the worlds; the probabilities of their warm-started policies, by `world/seed`."""
