@@ -32,8 +32,8 @@ from benchmarks.study_arms import ARMS, RATES, SEEDS, STEPS, SWEEP_SEEDS, WORLDS
 
 OBJECTIVE = "solution/trained"
 """What a learning rate is chosen by."""
-CLOSE = 0.05
-"""A rate that is worse by more than this is given up."""
+CLOSE = 0.025
+"""Rates that differ by no more are compared in further worlds."""
 
 
 class Study:
@@ -72,15 +72,14 @@ class Study:
         return found
 
     def choose_rates(self, arms: Sequence[str]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The best learning rate of each arm in the sweep's worlds, and what was seen there. Rates that are clearly
-        worse in the first of these worlds are not tried in the others."""
+        """The best learning rate of each arm in the sweep's worlds, and what was seen there. The other worlds decide
+        between rates that are close in the first."""
         first, *others = SWEEP_SEEDS
         found = self.run([_sweep(arm, rate, first) for arm in arms for rate in RATES])
-        # The best one may lie beyond the edge: look one step further.
-        edges = {arm: _best(found, arm)[0] for arm in arms}
-        further = {arm: rate * (0.5 if rate == min(RATES) else 2) for arm, rate in edges.items() if rate != RATES[1]}
-        found |= self.run([_sweep(arm, rate, first) for arm, rate in further.items()])
-        close = [(arm, rate) for arm in arms for rate in _best(found, arm)]
+        # Where the highest is the best one, a higher one may be better still.
+        edges = [arm for arm in arms if _best(found, arm)[0] == max(RATES)]
+        found |= self.run([_sweep(arm, 2 * max(RATES), first) for arm in edges])
+        close = [(arm, rate) for arm in arms for rate in _best(found, arm) if len(_best(found, arm)) > 1]
         found |= self.run([_sweep(arm, rate, seed) for arm, rate in close for seed in others])
         sweep = [asdict(trial) | {OBJECTIVE: result["probabilities"][OBJECTIVE]} for trial, result in found.items()]
         return {arm: _best(found, arm)[0] for arm in arms}, sweep

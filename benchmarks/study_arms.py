@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STEPS = 30
-RATES = (1.5e-4, 3e-4, 6e-4)
+RATES = (3e-4, 6e-4)
 SWEEP_SEEDS = (101, 102)
 """Worlds in which an arm's learning rate is chosen; never among those in which it is judged."""
 SEEDS = (1, 2, 3, 4, 5)
@@ -40,10 +40,10 @@ ARMS: dict[str, Arm] = {
     "GRPO": Arm("GRPO", OFF, "baseline", worlds=EVERYWHERE),
     "MEL": Arm("+ MEL as in the paper: M given question, wrong and right", {}, worlds=EVERYWHERE),
     "heuristic": Arm("+ MEL, heuristics given the question", learns(heuristic=1.0), worlds=EVERYWHERE),
-    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0), worlds=EVERYWHERE),
+    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0)),
     "paper+heuristic": Arm("+ MEL, paper's form and heuristics", {"mel.internalise.heuristic": 1.0}),
     "paper+replay": Arm("+ MEL, paper's form and replay", {"mel.internalise.replay": 1.0}),
-    "heuristic+replay": Arm("+ MEL, heuristics and replay", learns(heuristic=1.0, replay=1.0), worlds=EVERYWHERE),
+    "heuristic+replay": Arm("+ MEL, heuristics and replay", learns(heuristic=1.0, replay=1.0)),
     "REINFORCE++": Arm("REINFORCE++", REINFORCE | OFF, "baseline", base="REINFORCE++"),
     "REINFORCE++ MEL": Arm("+ MEL as in the paper", REINFORCE, base="REINFORCE++"),
     "RFT": Arm("RFT", RFT | OFF, "baseline", base="RFT"),
@@ -58,7 +58,6 @@ ARMS: dict[str, Arm] = {
     "right": Arm("right solution given the question, no reflection", learns(right=1.0), "control", worlds=EVERYWHERE),
     "opening": Arm("its recall line alone, no reflection", learns(opening=1.0), "control", worlds=EVERYWHERE),
     "conclusion": Arm("paper's form, NLL on the heuristics only", learns(conclusion=1.0), "attempt"),
-    "paper x 0.3": Arm("paper's form, NLL weight 0.3", {"mel.nll_weight": 0.3}, "attempt"),
     "heuristic, own steps": Arm(
         "heuristics given the question, optimizer of their own",
         learns(heuristic=1.0) | {"optim.nll_lr": "{lr}"},
