@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if (
     not torch.cuda.is_available()
@@ -23,6 +25,14 @@ from mel_fast.tiny.tokenizer import build_tokenizer
 # Ranks share two cores; more threads would only fight over them, and results would depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: a file's tests, which share fixtures, run in one process; so do those of all
+    files that share the rollout servers."""
+    for item in items:
+        servers = "sglang" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("servers" if servers else str(item.path)))
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +58,12 @@ def world() -> World:
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The embedded world is in the cache. Made with all cores, unlike everything after it."""
     folder = tmp_path_factory.mktemp("warm")
+    lock = (
+        Path(tempfile.gettempdir()) / f"mel_fast-tests-{os.getuid()}.lock"
+    )  # test processes would build it side by side
     options = (f"--run.folder={folder}", "--run.steps=1", "--run.mode=rollout", "--eval.at_ends=false")
-    result = torchrun(1, "-m", "mel_fast.train", *options, env={"OMP_NUM_THREADS": str(os.cpu_count())}, timeout=900)
+    with FileLock(lock):
+        result = torchrun(
+            1, "-m", "mel_fast.train", *options, env={"OMP_NUM_THREADS": str(os.cpu_count())}, timeout=900
+        )
     assert result.returncode == 0, result.stderr[-3000:]
