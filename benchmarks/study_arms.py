@@ -39,8 +39,8 @@ RFT: Settings = {"objective.algorithm": "rft"}
 ARMS: dict[str, Arm] = {
     "GRPO": Arm("GRPO", OFF, "baseline", worlds=EVERYWHERE),
     "MEL": Arm("+ MEL as in the paper: M given question, wrong and right", {}, worlds=EVERYWHERE),
-    "heuristic": Arm("+ MEL, heuristics given the question", learns(heuristic=1.0), worlds=EVERYWHERE),
-    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0)),
+    "heuristic": Arm("+ MEL, heuristics given the question", learns(heuristic=1.0)),
+    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0), worlds=EVERYWHERE),
     "paper+heuristic": Arm("+ MEL, paper's form and heuristics", {"mel.internalise.heuristic": 1.0}),
     "paper+replay": Arm("+ MEL, paper's form and replay", {"mel.internalise.replay": 1.0}),
     "heuristic+replay": Arm("+ MEL, heuristics and replay", learns(heuristic=1.0, replay=1.0)),
@@ -58,9 +58,15 @@ ARMS: dict[str, Arm] = {
     "right": Arm("right solution given the question, no reflection", learns(right=1.0), "control", worlds=EVERYWHERE),
     "opening": Arm("its recall line alone, no reflection", learns(opening=1.0), "control", worlds=EVERYWHERE),
     "conclusion": Arm("paper's form, NLL on the heuristics only", learns(conclusion=1.0), "attempt"),
+    "heuristic x 0.1": Arm(
+        "heuristics given the question, NLL weight 0.1",
+        learns(heuristic=1.0) | {"mel.nll_weight": 0.1},
+        "attempt",
+        worlds=EVERYWHERE,
+    ),
     "heuristic, own steps": Arm(
-        "heuristics given the question, optimizer of their own",
-        learns(heuristic=1.0) | {"optim.nll_lr": "{lr}"},
+        "heuristics given the question, optimizer of their own, lr 3e-5",
+        learns(heuristic=1.0) | {"optim.nll_lr": 3e-5},
         "attempt",
     ),
     "paper, own steps x 3": Arm(
