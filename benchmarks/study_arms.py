@@ -64,6 +64,9 @@ ARMS: dict[str, Arm] = {
         "attempt",
         worlds=EVERYWHERE,
     ),
+    "paper+heuristic x 0.3": Arm(
+        "paper's form at weight 1, heuristics given the question at 0.3", {"mel.internalise.heuristic": 0.3}, "attempt"
+    ),
     "heuristic, own steps": Arm(
         "heuristics given the question, optimizer of their own, lr 3e-5",
         learns(heuristic=1.0) | {"optim.nll_lr": 3e-5},
