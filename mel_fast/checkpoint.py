@@ -53,7 +53,8 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, state: dict[str, 
     world.barrier()
     state_dict_saver.save(_tensors(learner), checkpoint_id=partial)
     if world.main:
-        own = {"updates_done": learner.updates_done, "optimizers": list(_optimizers(learner))}
+        own = {"updates_done": learner.updates_done, "skipped_in_row": learner.skipped_in_row}
+        own |= {"optimizers": list(_optimizers(learner))}
         meta = state | {"step": step, "model": fingerprint(learner.policy)} | own
         with (partial / "state.json").open("w") as file:
             json.dump(meta, file, indent=1)
@@ -105,6 +106,7 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(learner.policy, optimizer, tensors[name])
     learner.updates_done = int(state["updates_done"])
+    learner.skipped_in_row = int(state.get("skipped_in_row", 0))
     return state
 
 

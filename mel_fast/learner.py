@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mel_fast.distributed import World
 from mel_fast.gspo import SequenceLoss
+from mel_fast.guard import Outcome, pulls
 from mel_fast.memory import explained
 from mel_fast.metrics import loss_metrics, saved_metrics
 from mel_fast.packing import KINDS, Cost, PackedBatch, balance_metrics, pack
@@ -50,6 +51,9 @@ class OptimConfig(BaseModel):
         "its own, after each step of the surrogate; null: one step for the sum of both",
     )
     nll_epochs: int = Field(default=1, ge=1, description="with nll_lr: such steps per batch")
+    max_skipped: int = Field(
+        default=3, ge=1, description="end the run after so many optimizer steps in a row whose numbers are not finite"
+    )
     token_budget: int = Field(default=16384, ge=2, description="tokens per micro-batch and rank")
     term_gradients: bool = Field(
         default=False,
@@ -81,16 +85,17 @@ class _Step:
     """This rank's micro-batches of one optimizer step."""
 
     alone: bool  # R_MEL's alone, with its own optimizer
+    samples: int  # of all ranks
     batches: list[PackedBatch]
 
     def to(self, device: torch.device) -> _Step:
-        return _Step(self.alone, [batch.to(device) for batch in self.batches])
+        return replace(self, batches=[batch.to(device) for batch in self.batches])
 
     def with_logps(self, field: str, logps: Callable[[PackedBatch], torch.Tensor]) -> _Step:
         """NLL rows need none, but share their micro-batches with rows that do."""
         if self.alone:
             return self
-        return _Step(self.alone, [replace(batch, **{field: logps(batch)}) for batch in self.batches])
+        return replace(self, batches=[replace(batch, **{field: logps(batch)}) for batch in self.batches])
 
 
 class Learner:
@@ -107,6 +112,9 @@ class Learner:
         self.policy, self.reference, self.config, self.world = policy, reference, config, world
         self.total_updates = total_updates
         self.updates_done = 0
+        self.skipped_in_row = 0
+        self.stuck = False  # `optim.max_skipped` steps in a row were skipped
+        self.outcomes: list[Outcome] = []  # of the last update
         self.optimizer = self._adamw(config.lr)
         self.nll_optimizer = None if config.nll_lr is None else self._adamw(config.nll_lr)
 
@@ -118,43 +126,50 @@ class Learner:
             loss: coefficients of the surrogate.
 
         Returns:
-            The step's metrics, the same on every rank. Without any sample nothing is stepped.
+            The step's metrics, the same on every rank. Without any sample nothing is stepped. An optimizer step whose
+            loss or gradient is not finite on any rank is skipped on all: parameters and moments stay as they are.
 
         Raises:
             OutOfMemory: the device's memory did not suffice.
         """
         started = time.perf_counter()
-        steps, facts = self._distribute(updates)
+        steps, samples, facts = self._distribute(updates)
         if sum(not step.alone for step in steps) * self.config.epochs > 1:  # later ones are off-policy: fix the old now
             steps = [step.with_logps("old_logp", partial(self._logps, self.policy)) for step in steps]
         if self.reference is not None:
             steps = [step.with_logps("ref_logp", partial(self._logps, self.reference)) for step in steps]
         sums: dict[str, torch.Tensor] = {}
-        norms: list[float] = []
-        pulls: list[dict[str, float]] = []
+        self.outcomes = []
+        terms: list[dict[str, float]] = []
         for _ in range(self.config.epochs):
-            for step in steps:
+            for step, its_samples in zip(steps, samples, strict=True):
                 if self.config.term_gradients:
                     largest = max(step.batches, key=lambda batch: batch.tokens)
                     with self._explained("the gradients of the terms", largest):
-                        pulls.append(term_gradients(self.policy, step.batches, loss, self.world))
-                norms.append(self._step(step, loss, sums))
+                        terms.append(term_gradients(self.policy, step.batches, loss, self.world))
+                self.outcomes.append(Outcome(its_samples, *self._step(step, loss, sums)))
         metrics = facts | (loss_metrics(self.world.reduce(sums)) if sums else {})
-        for name in pulls[0] if pulls else ():
-            metrics[name] = sum(pull[name] for pull in pulls) / len(pulls)
+        for name in terms[0] if terms else ():
+            metrics[name] = sum(term[name] for term in terms) / len(terms)
+        norms = [outcome.norm for outcome in self.outcomes]
         tokens = sum(batch.tokens for step in steps for batch in step.batches) * self.config.epochs
         counts = self.world.reduce({"tokens": torch.tensor(float(tokens))})
         seconds = time.perf_counter() - started
         return metrics | {
             "optim/grad_norm": sum(norms) / len(norms) if norms else 0.0,
             "optim/grad_clipped": sum(norm > self.config.max_grad_norm for norm in norms) / max(1, len(norms)),
+            "optim/skipped_updates": float(sum(not outcome.finite for outcome in self.outcomes)),
             "optim/lr": self.optimizer.param_groups[0]["lr"],
             "optim/updates": float(self.updates_done),
             "perf/train_tokens": counts["tokens"],
             "perf/train_tokens_per_s": counts["tokens"] / seconds,
         }
 
-    def _step(self, step: _Step, loss: LossConfig | SequenceLoss, sums: dict[str, torch.Tensor]) -> float:
+    def _step(
+        self, step: _Step, loss: LossConfig | SequenceLoss, sums: dict[str, torch.Tensor]
+    ) -> tuple[list[float], float]:
+        """The pull of each sample and the norm of the whole gradient, the same on every rank."""
+        pulled = torch.zeros(step.samples, dtype=torch.float64, device=self.world.device)
         for batch in step.batches:
             with self._explained("the forward", batch):
                 value, logp, entropy, metrics = self.policy(batch, loss)
@@ -162,6 +177,8 @@ class Learner:
                 # FSDP averages gradients over ranks, and the weights already hold the global denominators: undo the
                 # average.
                 (value * self.world.size).backward()
+            assert self.policy.pull is not None
+            pulled.index_add_(0, batch.members, pulls(batch, self.policy.pull / self.world.size, value))
             for name, metric in (metrics | by_kind(batch, logp, entropy)).items():
                 if name not in sums:
                     sums[name] = metric.detach().clone()
@@ -172,19 +189,28 @@ class Learner:
         with self._explained("the optimizer's step"):
             norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            rate = self.config.lr_at(self.updates_done, self.total_updates)
-            if step.alone:
-                assert self.nll_optimizer is not None
-                assert self.config.nll_lr is not None
-                optimizer, rate = self.nll_optimizer, rate * self.config.nll_lr / self.config.lr
+            # The gradient holds what all ranks added, so all see the same norm; a loss without one shows in the pulls.
+            outcome = self.world.add(pulled), norm.item()
+            if Outcome([], *outcome).finite:
+                self._optimize(step.alone)
+                self.skipped_in_row = 0
             else:
-                optimizer = self.optimizer
-                self.updates_done += 1
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+                self.skipped_in_row += 1
+                self.stuck = self.stuck or self.skipped_in_row >= self.config.max_skipped
+        self.policy.zero_grad(set_to_none=True)
+        return outcome
+
+    def _optimize(self, alone: bool) -> None:
+        optimizer, rate = self.optimizer, self.config.lr_at(self.updates_done, self.total_updates)
+        if alone:
+            assert self.nll_optimizer is not None
+            assert self.config.nll_lr is not None
+            optimizer, rate = self.nll_optimizer, rate * self.config.nll_lr / self.config.lr
+        else:
+            self.updates_done += 1
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
 
     @torch.no_grad()
     def _logps(self, policy: Policy, batch: PackedBatch) -> torch.Tensor:
@@ -195,9 +221,12 @@ class Learner:
         tokens, budget = batch.tokens if batch else 0, self.config.token_budget
         return explained(phase, self.world.rank, tokens, budget, self.policy.settings)
 
-    def _distribute(self, updates: Sequence[Sequence[Sample]] | None) -> tuple[list[_Step], dict[str, float]]:
-        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty step; and what it saw of them."""
-        shares = None
+    def _distribute(
+        self, updates: Sequence[Sequence[Sample]] | None
+    ) -> tuple[list[_Step], list[Sequence[Sample]], dict[str, float]]:
+        """Packs on rank 0 and hands each rank its micro-batches, for each non-empty step; the samples of each, which
+        rank 0 alone has; and what it saw of them."""
+        shares, parts = None, []
         if self.world.main:
             assert updates is not None
             size, budget, epochs = self.world.size, self.config.token_budget, self.config.epochs
@@ -207,9 +236,13 @@ class Learner:
             facts = balance_metrics(in_row, budget, cost)
             old = sum(not alone for alone, _ in parts) * epochs > 1
             facts |= saved_metrics([samples for _, samples in parts], epochs, old, self.reference is not None)
-            shares = [([_Step(alone, plan[rank]) for alone, plan in plans], facts) for rank in range(size)]
+            counts = [len(samples) for _, samples in parts]
+            shares = [
+                ([_Step(alone, n, plan[rank]) for n, (alone, plan) in zip(counts, plans, strict=True)], facts)
+                for rank in range(size)
+            ]
         mine, facts = self.world.scatter(shares)
-        return [step.to(self.world.device) for step in mine], facts
+        return [step.to(self.world.device) for step in mine], [part for _, part in parts] or [()] * len(mine), facts
 
     def _parts(self, samples: Sequence[Sample]) -> list[tuple[bool, Sequence[Sample]]]:
         """(whether it is R_MEL alone, samples) of each optimizer step that an update consists of."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mel_kernels import LossConfig, fused_loss, token_logprobs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,6 +36,8 @@ class Policy(nn.Module):
         self.model = model
         self.implementation: Implementation = implementation
         self.settings = settings
+        self.pull: Tensor | None = None  # [T], of the last backward: norm of the gradient at the embedding's output
+        model.get_input_embeddings().register_forward_hook(self._watch)
 
     def forward(
         self, batch: PackedBatch, loss: LossConfig | SequenceLoss | None
@@ -90,6 +93,13 @@ class Policy(nn.Module):
             delta=self.settings.gradient_budget,
         )
         return out.loss, out.logp, out.entropy, out.metrics
+
+    def _watch(self, _module: nn.Module, _inputs: Any, embedded: Tensor) -> None:  # [1, T, H]
+        if embedded.requires_grad:
+            embedded.register_hook(self._note_pull)
+
+    def _note_pull(self, gradient: Tensor) -> None:  # [1, T, H]
+        self.pull = torch.linalg.vector_norm(gradient[0], dim=-1, dtype=torch.float32)
 
     @property
     def config(self) -> Any:

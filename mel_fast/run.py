@@ -18,6 +18,7 @@ from mel_fast.distributed import World
 from mel_fast.dumps import dump_episodes, load_episodes
 from mel_fast.evaluate import evaluate
 from mel_fast.feed import Feed
+from mel_fast.guard import Diverged, Spikes, hardest, write_skipped
 from mel_fast.learner import Learner
 from mel_fast.metrics import rollout_metrics, staleness_metrics
 from mel_fast.objective import Batch, build_batch
@@ -50,6 +51,7 @@ class Desk:
     metrics: Metrics
     display: Display
     renderer: Renderer
+    spikes: Spikes
     sampling: Sampling | None
 
 
@@ -113,11 +115,25 @@ class Run:
             return self.learner.update(batch.updates if batch else None, self.config.objective.loss)
 
     def observe(self, episodes: Sequence[Episode], batch: Batch | None, learned: dict[str, float]) -> None:
-        """Ends the step: counts it and writes down what was seen."""
+        """Ends the step: counts it and writes down what was seen.
+
+        Raises:
+            Diverged: on all ranks, when `optim.max_skipped` optimizer steps in a row were not finite.
+        """
         self.steps_done += 1
-        if self.desk is None or batch is None:
-            return
-        sampling, config = self.desk.sampling, self.config
+        told = "rank 0 says where their samples are"
+        if self.desk is not None and batch is not None:
+            self._write_metrics(self.desk, episodes, batch, learned)
+            told = self._write_skipped(self.desk)
+        if self.learner.stuck:
+            raise Diverged(
+                f"step {self.steps_done}: {self.config.optim.max_skipped} optimizer steps in a row were skipped (not "
+                f"finite: loss or gradient); {told}. Where many prompts are named, weights or settings are to blame: "
+                "go on from the last checkpoint with --resume and a lower optim.lr. Where it is one, take it out"
+            )
+
+    def _write_metrics(self, desk: Desk, episodes: Sequence[Episode], batch: Batch, learned: dict[str, float]) -> None:
+        sampling, config = desk.sampling, self.config
         times = self.phases.take()
         seconds = sum(times.values())
         sampled = sum(len(t.output_ids) for e in episodes for t in _all_trajectories(e))
@@ -132,10 +148,25 @@ class Run:
             metrics |= sampling.engine.take_metrics()
             if config.run.mode == "full":
                 metrics |= staleness_metrics(episodes, self.steps_done - 1)
-        self.desk.metrics.write(self.steps_done, metrics)
-        self.desk.display.row(self.steps_done, metrics)
+        desk.metrics.write(self.steps_done, metrics)
+        desk.display.row(self.steps_done, metrics)
         if (gap := metrics.get("policy/rollout_gap", 0.0)) > config.telemetry.rollout_gap_alarm:
             log.warning("step %d: rollout and trainer log-probs differ by %.3f on average", self.steps_done, gap)
+        if leaps := desk.spikes.look(metrics):
+            pulling = hardest(self.learner.outcomes)
+            log.warning("step %d: %s; prompts that pull hardest: %s", self.steps_done, "; ".join(leaps), pulling)
+
+    def _write_skipped(self, desk: Desk) -> str:
+        """Dumps the samples of skipped optimizer steps, if any, and says where."""
+        outcomes, step = self.learner.outcomes, self.steps_done
+        if not (skipped := sum(not outcome.finite for outcome in outcomes)):
+            return ""
+        path = desk.directory.file("skipped", f"step_{step:06d}.jsonl")
+        prompts = write_skipped(path, step, outcomes, desk.renderer.decode)
+        names = ", ".join(prompts[:3]) + (f" and {len(prompts) - 3} more" if len(prompts) > 3 else "")
+        told = f"{path} has the samples that they come from, of the prompts {names}"
+        log.warning("step %d: %d of %d updates skipped, not finite; %s", step, skipped, len(outcomes), told)
+        return told
 
     def evaluate_when_due(self) -> None:
         """Rank 0, with the engine's weights: before the first step, after the last, and every `eval.every` steps."""

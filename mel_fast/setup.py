@@ -16,10 +16,12 @@ from mel_fast.config import Config
 from mel_fast.console import Display
 from mel_fast.data import Cursor, Source, load_prompts
 from mel_fast.distributed import World, join_world
+from mel_fast.dumps import read_jsonl
 from mel_fast.elastic import remember_run
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
 from mel_fast.feed import Feed
+from mel_fast.guard import Spikes
 from mel_fast.learner import Learner
 from mel_fast.model import ModelConfig, empty_model
 from mel_fast.policy import load_policy
@@ -91,7 +93,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
                 f"run directory {directory.path}" + (f", going on after step {steps_done}" if steps_done else "")
             )
             sampling = open_sampling(config, renderer, data, directory, world, stack) if data else None
-            desk = Desk(directory, metrics, display, renderer, sampling)
+            known = read_jsonl(directory.path / "metrics.jsonl")
+            spikes = Spikes(config.telemetry.spike_deviations, config.telemetry.spike_window, known)
+            desk = Desk(directory, metrics, display, renderer, spikes, sampling)
         yield Run(config, world, path, tokenizer, learner, desk, steps_done, watchdog)
 
 

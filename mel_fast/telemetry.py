@@ -44,6 +44,13 @@ class TelemetryConfig(BaseModel):
     rollout_gap_alarm: float = Field(
         default=0.2, gt=0, description="warn when rollout and trainer log-probs differ by more on average"
     )
+    spike_deviations: float = Field(
+        default=10.0,
+        gt=0,
+        description="warn when loss or gradient norm is above the median of the last steps by more than so many robust "
+        "standard deviations, and by the median itself",
+    )
+    spike_window: int = Field(default=50, ge=20, description="how many last steps those are")
 
 
 class RunDirectory:

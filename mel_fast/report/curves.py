@@ -134,6 +134,7 @@ FIGURES = (
         ("response/truncated", "budget/*"),
         "Share that met the length limit; under a gradient budget also the share of rows and gradient left out.",
     ),
+    Figure(DROPPED, "Skipped updates", ("optim/skipped_updates",), "Loss or gradient was not finite on some rank."),
     Figure(DROPPED, "Masked as overlong", ("batch/masked_overlong",), "Responses, where objective.overlong=mask."),
     Figure(DROPPED, "Malformed meta-experiences", ("mel/malformed/*",), "By reason.", "bars"),
     Figure(DROPPED, "Contrasts that did not fit", ("mel/dropped/*",), "By reason.", "bars"),
