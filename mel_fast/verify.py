@@ -1,8 +1,10 @@
 """Verification: a response becomes a score, by Math-Verify or by a reward function of the user's own.
 
-The comparison runs in a pool of worker processes with a deadline per answer. A worker that hangs is killed, one that
-hung or died is replaced; the answer at hand scores 0 and says why, and everything else goes on. Answers that are plain
-integers are decided at once, in process (`answers.same_integer`).
+The comparison runs in a pool of worker processes with a deadline per answer: of processor time for Math-Verify, so that
+verdicts do not depend on how busy the machine is; by the clock for a function, which may wait for something. A worker
+that hangs is killed, one that hung or died is replaced; the answer at hand scores 0 and says why, and everything else
+goes on. What a response states as its answer is looked for at once, in process, and so are plain integers decided
+(`answers.same_integer`).
 
 A reward function is named by its import path, `verify.function=my_rewards:score`:
 
@@ -20,6 +22,8 @@ import inspect
 import logging
 import math
 import multiprocessing
+import resource
+import signal
 import sys
 import threading
 import time
@@ -28,6 +32,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 from pebble import ProcessExpired, ProcessPool
@@ -47,10 +52,22 @@ class VerifyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int = Field(default=2, ge=1, description="processes")
-    timeout_s: float = Field(default=10.0, gt=0, description="deadline for one answer, from when a worker takes it")
+    timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="deadline for one answer, in seconds of a worker's processor time; with `function` by the clock",
+    )
     function: str | None = Field(default=None, description='reward function as "module:function"; null: Math-Verify')
     correct_at: float = Field(default=1.0, description="reward from which a response counts as right")
-    max_chars: int = Field(default=10_000, ge=100, description="how much of a response is parsed, counted from its end")
+    max_chars: int = Field(default=2_000, ge=100, description="Math-Verify: the longest answer; a longer one is wrong")
+    anywhere: bool = Field(
+        default=False,
+        description="Math-Verify: also take an answer that is neither boxed nor on a last line `Answer: ...`: the last "
+        "mathematics of the text, be it a guess or cut off",
+    )
+    memory_mib: int = Field(
+        default=1024, ge=64, description="Math-Verify: how much a worker may grow (Linux); what needs more scores 0"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +91,10 @@ class Verifier:
         self._pool: ProcessPool | None = None
         self._starting = threading.Lock()  # an evaluation and the next step's rollouts may score at once
         self._progress = 0.0  # when any answer last came back
-        # A busy pool returns something every `timeout_s`; the rest is room for a slow start.
-        self._stall_s = 2 * self.config.timeout_s + 60.0
+        # By the clock. A worker keeps to Math-Verify's deadline itself, if it gets a tenth of a processor or more.
+        self._deadline_s = self.config.timeout_s * (10 if self.config.function is None else 1)
+        # A busy pool returns something every `_deadline_s`; the rest is room for a slow start.
+        self._stall_s = 2 * self._deadline_s + 60.0
 
     def __enter__(self) -> Self:
         return self
@@ -92,10 +111,14 @@ class Verifier:
         config = self.config
         if config.function is not None:
             score, reason = await self._in_pool(_call_function, config.function, response, answer, prompt)
-        elif (same := answers.same_integer(response, answer)) is not None:
-            score, reason = float(same), ""
         else:
-            score, reason = await self._in_pool(answers.grade, response, answer, config.max_chars)
+            found, reason = answers.stated(response, config.max_chars, config.anywhere)
+            if reason:
+                score = 0.0
+            elif (same := answers.same_integer(found, answer)) is not None:
+                score = float(same)
+            else:
+                score, reason = await self._in_pool(_compare, found, answer, config.timeout_s)
         return Verdict(score, score >= config.correct_at and not reason, reason)
 
     def score_many(self, items: Iterable[tuple[str, str, Prompt]]) -> list[Verdict]:
@@ -111,11 +134,11 @@ class Verifier:
             with self._starting:
                 pool = self._pool = self._pool or _start(self.config)
             try:
-                return await self._wait(pool, _schedule(pool, function, args, self.config.timeout_s))
+                return await self._wait(pool, _schedule(pool, function, args, self._deadline_s))
             except TimeoutError:
                 return 0.0, "timeout"
-            except ProcessExpired:
-                return 0.0, "crash"
+            except ProcessExpired as death:
+                return 0.0, "timeout" if death.exitcode == -signal.SIGPROF else "crash"
             except BrokenProcessPool as error:
                 if self._pool is pool:  # the first to notice replaces it
                     self._pool = None
@@ -165,10 +188,27 @@ def load_function(path: str) -> RewardFunction:
 _cached_function = cache(load_function)
 
 
+def _compare(found: str, gold: str, timeout_s: float) -> Outcome:
+    signal.setitimer(signal.ITIMER_PROF, timeout_s)  # its signal ends the process, also in the middle of a sum in C
+    try:
+        return answers.compare(found, gold)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        if _memory() > 64 * 2**20 + _memory_at_start:
+            importlib.import_module(
+                "sympy.core.cache"
+            ).clear_cache()  # it keeps the largest numbers, and the next answer needs room
+
+
 def _call_function(path: str, response: str, answer: str, prompt: Prompt) -> Outcome:
     try:
-        score = float(_cached_function(path)(response, answer, prompt))
-    except (Exception, SystemExit) as error:
+        score: Any = _cached_function(path)(response, answer, prompt)
+        if isinstance(score, str | bytes):  # float() would take "0.5"
+            raise TypeError(f"it returned {score!r}, not a number")
+        score = float(score)
+    except (
+        BaseException
+    ) as error:  # SystemExit and KeyboardInterrupt too: in the trainer they would mean something else
         # In an exception of our own, as not every exception survives the way back to the trainer's process.
         raise RewardError(f"{path} failed on prompt {prompt.id!r}: {type(error).__name__}: {error}") from error
     if not math.isfinite(score):
@@ -193,8 +233,11 @@ def _start(config: VerifyConfig) -> ProcessPool:
     if main is not None and not main.name.endswith("__main__"):  # started with `python -m package.module`
         package = main.name.partition(".")[0]
         programme = sorted(name for name in sys.modules if name.startswith(package + ".") and name != main.name)
-    context.set_forkserver_preload(["math_verify", __name__, *programme])
-    return ProcessPool(config.workers, initializer=_warm_up, initargs=(config.function,), context=context)
+    warm = ["mel_fast.warm"] if config.function is None else []
+    context.set_forkserver_preload([__name__, *warm, *programme])
+    return ProcessPool(
+        config.workers, initializer=_warm_up, initargs=(config.function, config.memory_mib), context=context
+    )
 
 
 def _end(pool: ProcessPool) -> None:
@@ -202,10 +245,31 @@ def _end(pool: ProcessPool) -> None:
     pool.join()
 
 
-def _warm_up(function: str | None) -> None:
+def _warm_up(function: str | None, memory_mib: int = 1024) -> None:
     """First thing in a worker, before any deadline runs."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timers are off
+    # At once, also in the middle of a sum in C. With pebble's handler that waits, and all workers wait with it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if function is None:
-        answers.grade(r"\boxed{\frac{1}{2}}", "0.5", 100)
+        importlib.import_module("mel_fast.warm")
+        _limit_memory(memory_mib)
     else:
         _cached_function(function)
+
+
+def _limit_memory(growth_mib: int) -> None:
+    """An answer such as 9^{9^{9}} must not take the machine's memory, and the trainer with it."""
+    global _memory_at_start
+    _memory_at_start = _memory()
+    if _memory_at_start:
+        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = _memory_at_start + growth_mib * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if most == resource.RLIM_INFINITY else min(limit, most), most))
+
+
+def _memory() -> int:
+    """Bytes of this process's data, as RLIMIT_DATA counts them; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[5]) * resource.getpagesize() if statm.exists() else 0
+
+
+_memory_at_start = 0  # of a worker
