@@ -3,8 +3,8 @@
     python -m benchmarks.study                       # everything: hours of two cores; goes on where it was cut off
     python -m benchmarks.study --worlds plain --arms GRPO MEL right --seeds 1 2
 
-For each arm (study_arms) the learning rate is chosen in worlds of its own, by the noise-free probability of the right
-solution; then each arm runs in every world of the study with five seeds (world, warm start and run), paired. Every run
+For each arm (study_arms) the learning rate is chosen in worlds of its own, by the share of right rollouts in the last
+steps (their prompts are fresh; a probability of fixed words would punish a policy that only says it differently); then each arm runs in every world of the study with five seeds (world, warm start and run), paired. Every run
 leaves a small `result.json` below `--work`; what is there already is not run again. Writes the JSON file of results,
 the tables and the plots (study_report), and the diagnosis of gradients (study_gradients).
 """
@@ -30,8 +30,8 @@ from benchmarks import study_gradients, study_report, study_trial
 from benchmarks.loss_measure import machine
 from benchmarks.study_arms import ARMS, RATES, SEEDS, STEPS, SWEEP_SEEDS, WORLDS, Trial
 
-OBJECTIVE = "solution/trained"
-"""What a learning rate is chosen by."""
+LAST = 5
+"""Steps over whose rollouts a learning rate is judged."""
 CLOSE = 0.025
 """Rates that differ by no more are compared in further worlds."""
 
@@ -54,7 +54,7 @@ class Study:
         found: dict[str, dict[str, float]] = {}
         for future in as_completed(futures):
             found[futures[future]] = future.result()
-            print(f"world {futures[future]}: {found[futures[future]][OBJECTIVE]:.3f} before", flush=True)
+            print(f"world {futures[future]}: {found[futures[future]]['solution/trained']:.3f} before", flush=True)
         return found
 
     def run(self, trials: Sequence[Trial]) -> dict[Trial, dict[str, Any]]:
@@ -65,8 +65,7 @@ class Study:
             trial = futures[future]
             if future.exception() is None:
                 found[trial] = future.result()
-                score = found[trial]["probabilities"][OBJECTIVE]
-                print(f"[{number}/{len(futures)}] {trial.folder}: {score:.3f}", flush=True)
+                print(f"[{number}/{len(futures)}] {trial.folder}: {_judge(found[trial]):.3f}", flush=True)
         for future in futures:
             future.result()
         return found
@@ -81,7 +80,7 @@ class Study:
         found |= self.run([_sweep(arm, 2 * max(RATES), first) for arm in edges])
         close = [(arm, rate) for arm in arms for rate in _best(found, arm) if len(_best(found, arm)) > 1]
         found |= self.run([_sweep(arm, rate, seed) for arm, rate in close for seed in others])
-        sweep = [asdict(trial) | {OBJECTIVE: result["probabilities"][OBJECTIVE]} for trial, result in found.items()]
+        sweep = [asdict(trial) | {"correct": _judge(result)} for trial, result in found.items()]
         return {arm: _best(found, arm)[0] for arm in arms}, sweep
 
 
@@ -89,12 +88,16 @@ def _sweep(arm: str, rate: float, seed: int) -> Trial:
     return Trial("plain", arm, rate, seed, judged=False)
 
 
+def _judge(result: dict[str, Any]) -> float:
+    return sum(result["correct"][-LAST:]) / LAST
+
+
 def _best(found: dict[Trial, dict[str, Any]], arm: str) -> list[float]:
     """The arm's rates within `CLOSE` of its best one, best first; of those tried in the most worlds."""
     scores: dict[float, list[float]] = {}
     for trial, result in found.items():
         if trial.arm == arm:
-            scores.setdefault(trial.rate, []).append(result["probabilities"][OBJECTIVE])
+            scores.setdefault(trial.rate, []).append(_judge(result))
     worlds = max(map(len, scores.values()))
     means = {rate: sum(seen) / worlds for rate, seen in scores.items() if len(seen) == worlds}
     ranked = sorted(means, key=means.__getitem__, reverse=True)

@@ -82,6 +82,11 @@ def probability(name: str) -> Callable[[Run], float]:
     return lambda run: run["probabilities"][name]
 
 
+def known(world: str) -> Callable[[Run], float]:
+    """How well the trained topics are known, without sampling noise."""
+    return probability("solution/trained" if world == "tacit" else "rule/trained")
+
+
 def smoothed(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Sampled tokens until the middle of each window of steps, and the share of right rollouts in it. Every step has
     prompts of its own, so these are as fresh as held-out ones."""

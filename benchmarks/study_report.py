@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study_arms import ARMS, WORLDS
-from benchmarks.study_figures import Figures, probability, score, smoothed
+from benchmarks.study_figures import Figures, known, probability, score, smoothed
 
 COLOURS = {"baseline": "#5b5b5b", "MEL": "#1b7f5c", "control": "#c46a1b", "attempt": "#4a6fb5"}
 CURVES = ("GRPO", "MEL", "heuristic", "replay", "right", "opening")
@@ -34,8 +34,9 @@ def heading(report: dict[str, Any]) -> str:
         f"{report['date']}, {report['device']['name']}. {versions}. `{report['command']}`.\n\n"
         f"{report['steps']} steps of 16 prompts with 8 responses; worlds, warm starts and runs of seeds {seeds}, the "
         f"same for each arm; learning rates chosen per arm in worlds {sweep}. Differences are to the baseline above, "
-        "paired by seed, with bootstrap 95% intervals over the seeds. `p(solution)`: probability of the whole right "
-        "solution at temperature 1 on unseen numbers, without sampling noise. `equal tokens`: share of right rollouts, "
+        "paired by seed, with bootstrap 95% intervals over the seeds. `p(rule)`: probability of the right rule where a "
+        "solution names it, on unseen numbers, without sampling noise (where solutions name none: of the whole right "
+        "solution). `equal tokens`: share of right rollouts, "
         "when as many tokens were sampled as the baseline samples in all. `untrained`: what the right rule's "
         "probability gained on topics that are never trained on.\n"
     )
@@ -43,36 +44,22 @@ def heading(report: dict[str, Any]) -> str:
 
 def table(figures: Figures, world: str) -> str:
     """One row per arm."""
-    siblings = [("siblings p(solution)", "solution/sibling")] if world == "guilds" else []
-    columns = [
-        "arm",
-        "role",
-        "lr",
-        "Pass@1",
-        "Avg@8",
-        "Pass@8",
-        "p(solution)",
-        "Avg@8 to baseline",
-        "p(solution) to baseline",
-    ]
-    columns += [f"{name} to baseline" for name, _ in siblings] + [
-        "equal tokens",
-        "untrained",
-        "retention",
-        "NLL rows",
-        "tokens",
-    ]
+    siblings = ("Avg@8 of siblings", "p(rule) of siblings") if world == "guilds" else ()
+    columns = ["arm", "role", "lr", "Pass@1", "Avg@8", "Pass@8", "p(rule)", "Avg@8 to baseline", "p(rule) to baseline"]
+    columns += [f"{name} to baseline" for name in siblings]
+    columns += ["equal tokens", "untrained", "retention", "NLL rows", "tokens"]
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * (len(columns) - 2)]
     for name in figures.arms(world):
         arm, first = ARMS[name], next(iter(figures.runs[world, name].values()))
         compared = arm.base != name
-        measures = [score("avg_at_k"), probability("solution/trained"), *(probability(key) for _, key in siblings)]
+        measures = [score("avg_at_k"), known(world)]
+        measures += [score("avg_at_k", "sibling"), probability("rule/sibling")] if siblings else []
         cells = [
             arm.title,
             arm.role,
             f"{first['rate']:g}",
             *(f"{figures.mean(world, name, score(key)):.3f}" for key in ("pass_at_1", "avg_at_k", "pass_at_k")),
-            f"{figures.mean(world, name, probability('solution/trained')):.3f}",
+            f"{figures.mean(world, name, known(world)):.3f}",
             *(str(figures.difference(world, name, measure)) if compared else "" for measure in measures),
             str(figures.at_equal_tokens(world, name)) if compared else "",
             f"{figures.leak(world, name).mean:+.3f}",
@@ -98,7 +85,7 @@ def gradient_table(report: dict[str, Any]) -> str:
 
 
 def plot_differences(figures: Figures, path: Path) -> None:
-    """Differences of p(solution) to the baseline, one panel per world."""
+    """Differences of Avg@8 to the baseline, one panel per world."""
     worlds = [world for world in WORLDS if figures.arms(world)]
     rows = {world: [name for name in figures.arms(world) if ARMS[name].base != name] for world in worlds}
     pyplot = _pyplot()
@@ -108,7 +95,7 @@ def plot_differences(figures: Figures, path: Path) -> None:
     )
     for axis, world in zip(axes[:, 0], worlds, strict=True):
         for place, name in enumerate(rows[world]):
-            found, colour = figures.difference(world, name, probability("solution/trained")), COLOURS[ARMS[name].role]
+            found, colour = figures.difference(world, name, score("avg_at_k")), COLOURS[ARMS[name].role]
             axis.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
             axis.plot(found.each, [place] * len(found.each), "|", color=colour, markersize=7, alpha=0.6)
             axis.plot(found.mean, place, "o", color=colour, markersize=5)
@@ -122,7 +109,7 @@ def plot_differences(figures: Figures, path: Path) -> None:
         axis.tick_params(axis="x", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].set_xlabel(
-        "p(solution), difference to the baseline; bars: 95% intervals, ticks: single worlds", fontsize=8
+        "Avg@8 on held-out problems, difference to the baseline; bars: 95% intervals, ticks: single worlds", fontsize=8
     )
     _save(figure, path)
 

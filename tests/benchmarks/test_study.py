@@ -85,7 +85,7 @@ def trial(arm: str, seed: int, gain: float, tokens: float = 100.0) -> dict[str, 
         "correct": [level * step / 20 for step in range(1, 21)],
         "means": {"mel/retention": 0.5, "mel/pairs": 3.0, "rows/nll": 7.0},
         "evaluations": {"0": {}, str(STEPS): scores},
-        "probabilities": {"solution/trained": level, "rule/untrained": 0.3},
+        "probabilities": {"rule/trained": level, "rule/untrained": 0.3},
     }
 
 
@@ -107,7 +107,7 @@ def report(gain: dict[int, float], tokens: float = 100.0) -> dict[str, Any]:
 
 def test_arms_are_compared_in_pairs() -> None:
     """Worlds differ by far more than the arms do; their differences are alike."""
-    found = Figures(report({1: 0.1, 5: 0.1, 9: 0.1})).difference("plain", "MEL", probability("solution/trained"))
+    found = Figures(report({1: 0.1, 5: 0.1, 9: 0.1})).difference("plain", "MEL", probability("rule/trained"))
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
