@@ -4,9 +4,10 @@
     python -m benchmarks.study --worlds plain --arms GRPO MEL right --seeds 1 2
 
 For each arm (study_arms) the learning rate is chosen in worlds of its own, by the share of right rollouts in the last
-steps (their prompts are fresh; a probability of fixed words would punish a policy that only says it differently); then each arm runs in every world of the study with five seeds (world, warm start and run), paired. Every run
-leaves a small `result.json` below `--work`; what is there already is not run again. Writes the JSON file of results,
-the tables and the plots (study_report), and the diagnosis of gradients (study_gradients).
+steps (their prompts are fresh; a probability of fixed words would punish a policy that only says it differently). Then
+each arm runs in every world of the study with five seeds (world, warm start and run), paired. Every run leaves a small
+`result.json` below `--work`; what is there already is not run again. Writes the JSON file of results, the tables and
+the plots (study_report), and the diagnosis of gradients (study_gradients).
 """
 
 from __future__ import annotations
