@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mel_fast.train import main
-
 RANK = int(os.environ.get("RANK", "0"))
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
@@ -80,8 +78,9 @@ POINTS = {
 def plan(random_: random.Random, ranks: int, length: int, seconds: float) -> list[Fault]:
     """Half of the faults at a point, the others at any time within so many seconds."""
     faults: list[Fault] = []
-    for _ in range(length):
-        name = random_.choice(["time"] * len(POINTS) + list(POINTS))
+    for attempt in range(length):
+        names = [name for name in POINTS if attempt > 0 or not name.startswith("resume")]
+        name = random_.choice(["time"] * len(names) + names)
         anyone = name == "time" or POINTS[name].every_rank
         rank = random_.randrange(ranks) if anyone else 0
         count = random_.uniform(0, seconds) if name == "time" else random_.randint(1, POINTS[name].calls)
@@ -93,6 +92,7 @@ class Trial:
     """The fault of this attempt, if it is this rank's, and the log."""
 
     def __init__(self, faults: list[Fault], log: Path) -> None:
+        self._told = False
         mine = faults[ATTEMPT] if len(faults) > ATTEMPT and faults[ATTEMPT].rank == RANK else None
         self.fault, self.log = mine, log
 
@@ -121,8 +121,13 @@ class Trial:
     def strike(self) -> None:
         assert self.fault is not None
         frame = sys._current_frames()[threading.main_thread().ident or 0]
-        inside = [f.name for f in traceback.extract_stack(frame) if "/mel_fast/" in f.filename]
-        self._write("hang" if self.fault.hang else "kill", inside="/".join(inside[-2:]), **asdict(self.fault))
+        names = [f.name for f in traceback.extract_stack(frame) if "/mel_fast/" in f.filename]
+        inside = names[names.index("train") + 1 :] if "train" in names else [n for n in names if n != "main"]
+        self._write(
+            "hang" if self.fault.hang else "kill",
+            phase=(inside or ["the rest"])[0],
+            **asdict(self.fault),
+        )
         if self.fault.hang:
             time.sleep(3600)
         end()
@@ -139,7 +144,7 @@ class Trial:
             arguments[1].flush()
 
     def _begun(self, *_: Any) -> None:
-        if self.log is not None and not getattr(self, "_told", False):
+        if not self._told:
             self._told = True
             self._write("collect")
 
@@ -178,6 +183,8 @@ def end() -> NoReturn:
 
 
 if __name__ == "__main__":
+    from mel_fast.train import main  # not in the verifier's workers, which run this module as well
+
     faults, log, *settings = sys.argv[1:]
     Trial([Fault(**fault) for fault in json.loads(Path(faults).read_text())], Path(log)).prepare()
     sys.exit(main(settings))

@@ -1,0 +1,227 @@
+"""Does a run that is killed again and again come back by itself, and end as if nothing had happened?
+
+    nice python -m benchmarks.crash_soak                        # about a quarter of an hour on two cores
+
+Small runs in the embedded world on one and two ranks, by `torchrun --max-restarts`. In each attempt one rank ends
+itself by SIGKILL: at a random time, or within a random function (crash_trial.POINTS), so that files are left half
+written. A run passes if, but for times, its metrics, rollouts, evaluations, data cursor and final weights are those
+of the run without faults, bit for bit, and if it leaves no process, no unfinished file and no second directory.
+`back`: seconds from the kill until the restarted ranks collect rollouts again; most of it are imports.
+
+The exit status is 1 when a run differs. Everything follows from the seed but for what random times hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shlex
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.crash_trial import Fault, plan
+from benchmarks.loss_measure import load_average, machine
+from mel_fast.dumps import read_jsonl
+
+SETTINGS = (
+    "--run.steps=6",
+    "--run.checkpoint_every=2",
+    "--rollout.prompts_per_step=4",
+    "--rollout.group_size=6",
+    "--verify.workers=1",
+    "--eval.every=3",
+    "--eval.at_ends=false",
+    "--eval.samples=1",
+    "--eval.sets=[{path: '{tiny}/heldout.jsonl', limit: 8}]",
+)
+MARK = "MEL_FAST_CRASH_SOAK"  # in the environment of every process of a run
+
+
+def run(folder: Path, ranks: int, faults: Sequence[Fault], static: bool, settings: Sequence[str]) -> dict[str, Any]:
+    """Runs to the end, through all faults.
+
+    Returns:
+        `directory`, `status` of torchrun, its `output`, the `log` of the trial, and `processes` that were left.
+    """
+    folder.mkdir(parents=True)
+    plan_file, log = folder / "plan.json", folder / "log.jsonl"
+    plan_file.write_text(json.dumps([asdict(fault) for fault in faults]))
+    meeting = [f"--master-port={_free_port()}"] if static else ["--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={len(faults) + 1}", "-m", "benchmarks.crash_trial", str(plan_file), str(log)]
+    command += [f"--run.folder={folder / 'runs'}", *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
+    return {
+        "directory": folder / "runs" / "latest",
+        "status": done.returncode,
+        "output": done.stdout + done.stderr,
+        "log": read_jsonl(log) if log.exists() else [],
+        "processes": _left(str(folder)),
+    }
+
+
+def differences(reference: Path, other: Path) -> list[str]:
+    """What tells two run directories apart, in words; nothing when all that must repeat does."""
+    found: list[str] = []
+    one, two = (_lines(path / "metrics.jsonl") for path in (reference, other))
+    if [line["step"] for line in one] != [line["step"] for line in two]:
+        found.append(f"metrics: lines of steps {[line['step'] for line in two]}")
+    for expected, line in zip(one, two, strict=False):
+        if keys := sorted(k for k in expected.keys() | line.keys() if expected.get(k) != line.get(k)):
+            found.append(f"metrics of step {line['step']}: {', '.join(keys[:3])} ({len(keys)} in all)")
+    for pattern in ("rollouts/*", "evaluations/*", "model/*.safetensors"):
+        expected, names = ({p.relative_to(r) for p in r.glob(pattern)} for r in (reference, other))
+        if expected != names:
+            found.append(f"{pattern}: {sorted(map(str, expected ^ names))} only in one of them")
+        both = sorted(expected & names)
+        found += [str(name) for name in both if (reference / name).read_bytes() != (other / name).read_bytes()]
+    if _prompts(reference) != _prompts(other):
+        found.append("prompts were lost, repeated or drawn in another order")
+    if _cursor(reference) != _cursor(other):
+        found.append("the data cursor")
+    found += [f"left behind: {path}" for path in other.rglob(".writing_*")]
+    found += [f"left behind: {path}" for path in other.rglob("*.partial")]
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("time/", "perf/"))}
+        for line in read_jsonl(path)
+    ]
+
+
+def _prompts(path: Path) -> list[list[str]]:
+    """By step, in order."""
+    return [[row["prompt"]["id"] for row in read_jsonl(p)] for p in sorted((path / "rollouts").glob("step_*.jsonl"))]
+
+
+def _cursor(path: Path) -> Any:
+    newest = max((path / "checkpoints").glob("step_*"))
+    return json.loads((newest / "state.json").read_text())["cursor"]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _left(mark: str) -> int:
+    """Processes of a run that are still there, two seconds after its end."""
+    deadline = time.monotonic() + 2
+    while (count := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return count
+
+
+def _marked(mark: str) -> int:
+    wanted, count = f"{MARK}={mark}".encode(), 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            count += wanted in (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or is somebody else's
+    return count
+
+
+def struck(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The faults of a run, each with `back`: seconds until ranks collected again, None where that was not needed."""
+    faults = [line for line in log if line["event"] in ("kill", "hang")]
+    for fault in faults:
+        later = [line["time"] for line in log if line["event"] == "collect" and line["attempt"] == fault["attempt"] + 1]
+        fault["back"] = round(later[0] - fault["time"], 2) if later else None
+    return faults
+
+
+def table(faults: Sequence[dict[str, Any]], by: str) -> str:
+    """Markdown: how often each phase or point was hit, and the time to be back."""
+    rows = [f"| {by} | rank 0 | another rank | back, s: median | longest |", "|---|---:|---:|---:|---:|"]
+    for name in sorted({fault[by] for fault in faults}):
+        hit = [fault for fault in faults if fault[by] == name]
+        back = [fault["back"] for fault in hit if fault["back"] is not None]
+        times = f"{statistics.median(back):.1f} | {max(back):.1f}" if back else "- | -"
+        first = sum(fault["rank"] == 0 for fault in hit)
+        rows.append(f"| {name} | {first} | {len(hit) - first} | {times} |")
+    return "\n".join(rows)
+
+
+def soak(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Runs until there were enough kills, or the time is up."""
+    deadline, reference = time.monotonic() + 60 * options.minutes, dict[int, Path]()
+    runs: list[dict[str, Any]] = []
+    while sum(len(r["faults"]) for r in runs) < options.kills and time.monotonic() < deadline:
+        number, ranks = len(runs), options.ranks[len(runs) % len(options.ranks)]
+        if ranks not in reference:
+            whole = run(scratch / f"reference-{ranks}", ranks, [], False, SETTINGS)
+            if whole["status"] != 0:
+                raise SystemExit(f"the run without faults failed:\n{whole['output'][-3000:]}")
+            reference[ranks] = whole["directory"]
+        draw = random.Random(f"{options.seed}/{number}")
+        static = number % 3 == 2  # torchrun's plain rendezvous, which is the default, and else --standalone's
+        faults = plan(draw, ranks, options.faults, options.seconds)
+        one = run(scratch / f"run-{number}", ranks, faults, static, SETTINGS)
+        found = differences(reference[ranks], one["directory"]) if one["status"] == 0 else [one["output"][-3000:]]
+        if one["processes"]:
+            found.append(f"{one['processes']} processes left")
+        if extra := len([p for p in one["directory"].parent.iterdir() if p.name != "latest"]) - 1:
+            found.append(f"{extra} more run directories")
+        hit = [fault | {"ranks": ranks, "run": number} for fault in struck(one["log"])]
+        runs.append({"ranks": ranks, "static": static, "faults": hit, "differences": found})
+        print(f"run {number}: {ranks} ranks, {len(hit)} kills, {'; '.join(found) or 'the same'}", flush=True)
+    return {"runs": runs, "faults": [fault for each in runs for fault in each["faults"]]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=54, help="no new run is begun after so many")
+    parser.add_argument("--faults", type=int, default=6, help="planned for each run")
+    parser.add_argument("--seconds", type=float, default=6.0, help="random times lie within, after the imports")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="runs take turns")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=45.0, help="no new run is begun after so long")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/crash-soak-cpu-<date>.json and .md")
+    options = parser.parse_args()
+    before, began = load_average(), time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = soak(options, Path(scratch))
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    report = {
+        "benchmark": "crash soak",
+        "date": date,
+        "command": shlex.join(["python", "-m", "benchmarks.crash_soak", *sys.argv[1:]]),
+        "settings": SETTINGS,
+        "device": machine(torch.device("cpu")),
+        "load": [before, load_average()],
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "divergent": sum(bool(each["differences"]) for each in found["runs"]),
+    } | found
+    path = options.out or Path(__file__).parent / "results" / f"crash-soak-cpu-{date}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    text = [
+        f"{len(found['faults'])} kills in {len(found['runs'])} runs; {report['divergent']} runs differ from those "
+        f"without faults. {date}, {report['minutes']} minutes, `{report['command']}`, torch {torch.__version__}, load "
+        f"average {before} to {report['load'][1]}.",
+        *(table(found["faults"], by) for by in ("phase", "point")),
+    ]
+    path.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text))
+    return 1 if report["divergent"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
