@@ -156,9 +156,18 @@ class Renderer:
     def solve(self, prompt: Prompt) -> list[int]:
         if prompt.messages is None:
             return self._render("solve", question=prompt.question)
-        if self.chat:
-            return self.encode(self._chat_text(list(prompt.messages)))
-        return [*self._head, *self.encode("\n\n".join(message["content"] for message in prompt.messages))]
+        contents = [message["content"] for message in prompt.messages]
+        if not self.chat:
+            return [*self._head, *self.plain("\n\n".join(contents))]
+        text = self._chat_text(
+            [{**message, "content": f"[[content {i}]]"} for i, message in enumerate(prompt.messages)]
+        )
+        pieces = re.split(r"\[\[content (\d+)\]\]", text)  # the template's, a content's number, the template's, ...
+        return [
+            token
+            for index, piece in enumerate(pieces)
+            for token in (self.plain(contents[int(piece)]) if index % 2 else self.encode(piece))
+        ]
 
     def reflect(self, prompt: Prompt, wrong: Sequence[int], right: Sequence[int]) -> list[int]:
         """C_retro. `wrong` and `right` are output ids of trajectories; a trailing stop token is left out."""
@@ -175,7 +184,7 @@ class Renderer:
 
     def answer(self, text: str) -> list[int]:
         """Ids of a complete response with this text, ended by the stop token."""
-        return [*self.encode(text), self.stop_ids[0]]
+        return [*self.plain(text), self.stop_ids[0]]
 
     def body(self, output_ids: Sequence[int]) -> list[int]:
         ids = list(output_ids)
@@ -201,7 +210,12 @@ class Renderer:
         return low
 
     def encode(self, text: str) -> list[int]:
+        """For templates: the name of a special token is that token."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def plain(self, text: str) -> list[int]:
+        """For what comes out of data: "<|im_end|>" in a question is text, and ends no turn."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def decode(self, output_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(self.body(output_ids), skip_special_tokens=False))
@@ -213,7 +227,7 @@ class Renderer:
                 ids += piece
             else:
                 value = fields[kind]
-                ids += self.encode(value) if isinstance(value, str) else value
+                ids += self.plain(value) if isinstance(value, str) else value
         return ids + self._tail
 
     def _split(self, template: str) -> list[tuple[str, Any]]:
