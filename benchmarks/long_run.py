@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,15 +64,19 @@ def look(pid: int) -> dict[str, float]:
     }
 
 
-def watch(process: subprocess.Popen[bytes], metrics: Path, every: float) -> list[dict[str, float]]:
-    """Looks at a run until it ends.
+def watch(process: subprocess.Popen[bytes], metrics: Path, every: float, minutes: float) -> list[dict[str, float]]:
+    """Looks at a run until it ends; ends it after so many minutes.
 
     Raises:
         InputError: the metrics file could not be read, or a line of it was not JSON.
     """
     seen: list[dict[str, float]] = []
+    deadline = time.monotonic() + 60 * minutes
     while process.poll() is None:
         time.sleep(every)
+        if time.monotonic() > deadline:
+            process.send_signal(signal.SIGINT)  # it closes its pool of verifiers
+            break
         if not metrics.exists():
             continue
         began = time.perf_counter()
@@ -137,6 +142,7 @@ def faults(found: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, default=120.0, help="the run is ended after so long, and judged")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between looks")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/long-run-cpu-<date>.json")
     options, overrides = parser.parse_known_args()
@@ -147,13 +153,13 @@ def main() -> int:
         log = Path(scratch) / "console.txt"
         with log.open("wb") as output:
             process = subprocess.Popen([*command, *SETTINGS, *overrides], stdout=output, stderr=output, env=environment)
-            seen = watch(process, Path(scratch) / "latest" / "metrics.jsonl", options.every)
-        if process.wait() != 0:
+            seen = watch(process, Path(scratch) / "latest" / "metrics.jsonl", options.every, options.minutes)
+        status, minutes = process.wait(), (time.monotonic() - began) / 60
+        if status != 0 and minutes < options.minutes:
             raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
-        minutes = (time.monotonic() - began) / 60
         directory = (Path(scratch) / "latest").resolve()
         steps = [line for line in read_jsonl(directory / "metrics.jsonl") if "time/step" in line]
-        assert [line["step"] for line in steps] == list(range(1, options.steps + 1))
+        assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
         ended = time.perf_counter()
         subprocess.run([sys.executable, "-m", "mel_fast.report", str(directory)], check=True, stdout=subprocess.DEVNULL)
         report_s = time.perf_counter() - ended
@@ -169,6 +175,7 @@ def main() -> int:
         "device": machine(torch.device("cpu")),
         "load": [before, load_average()],
         "minutes": round(minutes, 1),
+        "steps": len(steps),
         "updates": sum(line["optim/grad_norm"] > 0 for line in steps),
         "report_s": round(report_s, 1),
         "sizes_mb": sizes,

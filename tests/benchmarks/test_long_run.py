@@ -62,7 +62,7 @@ def test_a_process_is_watched_from_outside_while_it_writes(tmp_path: Path) -> No
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
     time.sleep(0.1)
     assert look(process.pid)["threads"] == 1
-    seen = watch(process, path, 0.05)
+    seen = watch(process, path, 0.05, minutes=1)
     assert process.wait() == 0
     assert [s["step"] for s in seen] == sorted(s["step"] for s in seen)
     assert seen[-1]["step"] == 39, "the line that is half written does not count"
