@@ -74,9 +74,6 @@ def watch(process: subprocess.Popen[bytes], metrics: Path, every: float, minutes
     deadline = time.monotonic() + 60 * minutes
     while process.poll() is None:
         time.sleep(every)
-        if time.monotonic() > deadline:
-            process.send_signal(signal.SIGINT)  # it closes its pool of verifiers
-            break
         if not metrics.exists():
             continue
         began = time.perf_counter()
@@ -88,6 +85,9 @@ def watch(process: subprocess.Popen[bytes], metrics: Path, every: float, minutes
             break  # it ended just now
         if lines:
             seen.append({"step": lines[-1]["step"], "read_s": reading} | held)
+        if time.monotonic() > deadline:
+            process.send_signal(signal.SIGINT)  # it closes its pool of verifiers
+            break
     return seen
 
 

@@ -10,20 +10,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.long_run import faults, growth, look, summary, watch
+from benchmarks.long_run import faults, growth, summary, watch
 
 WRITER = """
 import json, sys, time
 from pathlib import Path
-kept, path = [], Path(sys.argv[1])
-with path.open("a") as file:
-    for step in range(1, 41):
-        kept.append(bytearray(1 << 20))
-        line = json.dumps({"step": step, "time/step": 0.01}) + "\\n"
-        file.write(line if step < 40 else line[:-4])
-        file.flush()
-        time.sleep(0.02)
-    time.sleep(0.5)
+held = bytearray(100 << 20)
+lines = [json.dumps({"step": step, "time/step": 0.01}) for step in (1, 2, 3)]
+Path(sys.argv[1]).write_text("\\n".join(lines)[:-4])
+time.sleep(600)
 """
 
 
@@ -57,13 +52,13 @@ def test_what_grows_is_found_and_noise_is_not() -> None:
     assert len(faults(run(leak_mb=200, files=30))) == 2
 
 
-def test_a_process_is_watched_from_outside_while_it_writes(tmp_path: Path) -> None:
+def test_a_process_is_looked_at_from_outside_and_ended_when_its_time_is_up(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
-    time.sleep(0.1)
-    assert look(process.pid)["threads"] == 1
-    seen = watch(process, path, 0.05, minutes=1)
-    assert process.wait() == 0
-    assert [s["step"] for s in seen] == sorted(s["step"] for s in seen)
-    assert seen[-1]["step"] == 39, "the line that is half written does not count"
-    assert seen[-1]["rss_mb"] > seen[0]["rss_mb"] + 10
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stderr=subprocess.DEVNULL)
+    while not path.exists() or not path.read_text():
+        time.sleep(0.02)
+    seen = watch(process, path, every=0.02, minutes=0.0)
+    assert process.wait() != 0
+    assert [s["step"] for s in seen] == [2], "the line that is half written does not count"
+    assert seen[0]["rss_mb"] > 100
+    assert (seen[0]["threads"], seen[0]["children"]) == (1, 0)
