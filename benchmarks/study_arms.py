@@ -56,16 +56,18 @@ ARMS: dict[str, Arm] = {
     ),
     "shuffled": Arm("paper's form, M of another prompt", {"mel.internalise.shuffled": True}, "control"),
     "right": Arm("right solution given the question, no reflection", learns(right=1.0), "control", worlds=EVERYWHERE),
-    "opening": Arm("its recall line alone, no reflection", learns(opening=1.0), "control", worlds=EVERYWHERE),
+    "opening": Arm("its recall line alone, no reflection", learns(opening=1.0), "control"),
     "conclusion": Arm("paper's form, NLL on the heuristics only", learns(conclusion=1.0), "attempt"),
     "heuristic x 0.1": Arm(
         "heuristics given the question, NLL weight 0.1",
         learns(heuristic=1.0) | {"mel.nll_weight": 0.1},
         "attempt",
-        worlds=EVERYWHERE,
     ),
     "paper+heuristic x 0.3": Arm(
-        "paper's form at weight 1, heuristics given the question at 0.3", {"mel.internalise.heuristic": 0.3}, "attempt"
+        "paper's form at weight 1, heuristics given the question at 0.3",
+        {"mel.internalise.heuristic": 0.3},
+        "attempt",
+        worlds=EVERYWHERE,
     ),
     "heuristic, own steps": Arm(
         "heuristics given the question, optimizer of their own, lr 3e-5",
