@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore
 
 from mel_fast.elastic import lasting_store, meet
-from mel_fast.errors import InputError
+from mel_fast.errors import InputError, OutputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,28 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        received: list[Any] = [None] * self.size
+        dist.all_gather_object(received, value, group=_object_group)
+        return received
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside with an OutputError or OSError on one rank, fails on all with an OutputError. Collective.
+
+        Nothing inside may be collective itself.
+        """
+        failure = None
+        try:
+            yield
+        except (OutputError, OSError) as error:
+            failure = str(error)
+        if failures := [failure for failure in self.gather(failure) if failure]:
+            raise OutputError(failures[0])
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mel_fast.errors import InputError
+from mel_fast.files import writing
 from mel_fast.types import Episode, Experience, MetaExperience, Prompt, Trajectory
 
 
@@ -31,11 +32,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def dump_episodes(path: Path, episodes: Sequence[Episode]) -> None:
-    """One episode per line; `load_episodes` reads them back. The file appears whole or not at all."""
+    """One episode per line; `load_episodes` reads them back. The file appears whole or not at all.
+
+    Raises:
+        OutputError: the disk does not take it.
+    """
     partial = path.with_suffix(".partial")
     lines = (json.dumps(dataclasses.asdict(e), ensure_ascii=False) + "\n" for e in episodes)
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.rename(path)
+    with writing(path):
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.rename(path)
 
 
 def load_episodes(path: Path) -> list[Episode]:

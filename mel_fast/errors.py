@@ -11,3 +11,7 @@ class LaunchError(RuntimeError):
 
 class EngineError(RuntimeError):
     """The rollout engine cannot go on. The message names the server and where to read more."""
+
+
+class OutputError(RuntimeError):
+    """The disk does not take what a run writes. The message names the file and what to do."""

@@ -16,8 +16,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mel_fast.data import Source
-from mel_fast.errors import EngineError, InputError
+from mel_fast.errors import EngineError, InputError, OutputError
 from mel_fast.experience import seed_of
+from mel_fast.files import write_whole
 from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
 from mel_fast.types import Prompt, Request
@@ -102,10 +103,8 @@ def evaluate(
     results = asyncio.run(everything())
     if dump is not None:
         dump.parent.mkdir(parents=True, exist_ok=True)
-        dump.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, _, rows in results for row in rows),
-            encoding="utf-8",
-        )
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for _, _, rows in results for row in rows)
+        write_whole(dump, "".join(lines))
     verdicts: dict[str, list[list[bool]]] = defaultdict(list)
     for name, correct, _ in results:
         verdicts[name].append(correct)
@@ -132,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_evaluation(config) as (engine, renderer, verifier, sets):
             limit, seed, dump = config.rollout.max_new_tokens, config.run.seed, Path("evaluation.jsonl")
             scores = evaluate(sets, engine, renderer, verifier, config.eval, limit, seed, dump)
-    except (InputError, EngineError) as error:
+    except (InputError, EngineError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     k = config.eval.samples

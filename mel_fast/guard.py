@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mel_fast.errors import InputError
+from mel_fast.files import write_whole
 from mel_fast.packing import PackedBatch
 from mel_fast.types import Sample
 
@@ -84,7 +85,7 @@ def write_skipped(path: Path, step: int, outcomes: Iterable[Outcome], decode: Ca
         for index in outcome.to_blame()
         for sample in [outcome.samples[index]]
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return sorted({str(row["prompt"]) for row in rows})
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mel_fast.checkpoint import checkpoints, load_checkpoint
-from mel_fast.config import Config
+from mel_fast.checkpoint import CheckpointError, load_checkpoint, newest_sound
+from mel_fast.config import Config, RunConfig
 from mel_fast.console import Display
 from mel_fast.data import Cursor, Source, load_prompts
 from mel_fast.distributed import World, join_world
@@ -21,6 +21,7 @@ from mel_fast.elastic import remember_run
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
 from mel_fast.feed import Feed
+from mel_fast.files import write_whole
 from mel_fast.guard import Spikes
 from mel_fast.learner import Learner
 from mel_fast.model import ModelConfig, empty_model
@@ -29,7 +30,7 @@ from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import Engine
 from mel_fast.rollout.launch import check_engine, open_engine
 from mel_fast.run import Desk, Run, Sampling
-from mel_fast.telemetry import Metrics, RunDirectory, write_whole
+from mel_fast.telemetry import Metrics, RunDirectory
 from mel_fast.tiny.prepare import prepare
 from mel_fast.types import Prompt
 from mel_fast.verify import Verifier
@@ -78,25 +79,39 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
             remember_run(directory.path)
         path = world.broadcast(directory.path if directory else None)
         watchdog.write_to(path / "stacks")
-        found = world.broadcast(checkpoints(path / "checkpoints") if world.main else None)
-        if resume is not None and found:
-            state = load_checkpoint(found[-1], learner)
+        if resume is not None and (found := newest_sound(path / "checkpoints", world)):
+            state = load_checkpoint(found, learner)
             steps_done = int(state["step"])
             if data is not None:
                 data.cursor.restore(state["cursor"])
         desk = None
         if directory is not None:
+            if resume is not None and not steps_done:
+                may_start_anew(path, config.run)
             metrics = Metrics(directory, config.telemetry, config.model_dump(mode="json"), steps_done)
             stack.callback(metrics.close)
             display = stack.enter_context(Display(config.run.steps, steps_done))
             display.say(
-                f"run directory {directory.path}" + (f", going on after step {steps_done}" if steps_done else "")
+                f"run directory {directory.path}"
+                + (f", going on after step {steps_done}" if steps_done else "")
+                + (", which has no checkpoint yet: from the first step" if resume and not steps_done else "")
             )
             sampling = open_sampling(config, renderer, data, directory, world, stack) if data else None
             known = read_jsonl(directory.path / "metrics.jsonl")
             spikes = Spikes(config.telemetry.spike_deviations, config.telemetry.spike_window, known)
             desk = Desk(directory, metrics, display, renderer, spikes, sampling)
         yield Run(config, world, path, tokenizer, learner, desk, steps_done, watchdog)
+
+
+def may_start_anew(path: Path, config: RunConfig) -> None:
+    """Raises CheckpointError when a run without a checkpoint must have had one: its steps are not thrown away."""
+    file = path / "metrics.jsonl"
+    done = max((int(line["step"]) for line in read_jsonl(file)), default=0) if file.exists() else 0
+    if config.mode != "rollout" and 0 < config.checkpoint_every < done:
+        raise CheckpointError(
+            f"{path / 'checkpoints'}: there is no checkpoint, although {done} steps are done and one is written every "
+            f"{config.checkpoint_every}; put them back, or start a new run without --resume"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mel_fast.dumps import read_jsonl
 from mel_fast.errors import InputError
+from mel_fast.files import write_whole, writing
 
 
 class TelemetryConfig(BaseModel):
@@ -58,6 +59,7 @@ class RunDirectory:
 
     Raises:
         InputError: the run to be resumed is not there, or is still running.
+        OutputError: the disk does not take it.
     """
 
     def __init__(self, folder: str, name: str, resume: str | None) -> None:
@@ -67,7 +69,8 @@ class RunDirectory:
             self.path = Path(resume).resolve()
             if not self.path.is_dir():
                 raise InputError(f"--resume {resume}: no such run directory")
-        self._lock = (self.path / ".lock").open("w")
+        with writing(self.path):
+            self._lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -75,32 +78,29 @@ class RunDirectory:
         latest = self.path.parent / "latest"
         if latest.is_symlink() or not latest.exists():
             link = self.path / ".link"  # moved into place: another run may be doing the same at this moment
-            link.unlink(missing_ok=True)
-            link.symlink_to(self.path.name)
-            link.replace(latest)
+            with writing(latest):
+                link.unlink(missing_ok=True)
+                link.symlink_to(self.path.name)
+                link.replace(latest)
 
     def file(self, *parts: str) -> Path:
         path = self.path.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file at once: a run that is killed here leaves the old one or the new one, never half of it."""
-    partial = path.with_name(f".writing_{path.name}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _fresh(folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         path = folder / f"{stamp}-{name}{suffix}"
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
+        with writing(path):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
         return path
     raise InputError(f"{folder}: no free name for a run directory")
 
@@ -110,6 +110,7 @@ class Metrics:
 
     Raises:
         InputError: the library of a writer is not installed.
+        OutputError: the disk does not take a line.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Metrics:
         path = directory.file("metrics.jsonl")
         kept = [line for line in read_jsonl(path) if line["step"] <= steps_done] if steps_done and path.exists() else []
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
         self._tensorboard = self._wandb = None
         if "tensorboard" in config.writers:
             tensorboard = _writer("tensorboard", "torch.utils.tensorboard")
@@ -135,8 +136,9 @@ class Metrics:
             )
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps({"step": step} | metrics) + "\n")
+            self._file.flush()
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -144,7 +146,8 @@ class Metrics:
             self._wandb.log(metrics, step=step)
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

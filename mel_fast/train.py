@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from mel_fast.config import parse_arguments
 from mel_fast.distributed import leave
 from mel_fast.elastic import arguments_of, remember_refusal
-from mel_fast.errors import EngineError, InputError, LaunchError
+from mel_fast.errors import EngineError, InputError, LaunchError, OutputError
 from mel_fast.plan import plan
 from mel_fast.run import Run
 from mel_fast.setup import open_run
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with open_run(config, options.resume) as run:
             train(run)
-    except (InputError, EngineError, LaunchError) as error:
+    except (InputError, EngineError, LaunchError, OutputError) as error:
         print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr)
         if not isinstance(error, InputError):
             return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,17 +140,33 @@ def test_a_loss_without_a_gradient_that_shows_it_blames_its_micro_batch() -> Non
     assert pulls(batch, finite, torch.tensor(math.nan)).isfinite().tolist() == [False, True, True]
 
 
-def test_every_rank_skips_with_the_one_whose_numbers_are_broken(poisoned: Path, tmp_path: Path) -> None:
-    done = torchrun(2, SCRIPT, str(poisoned), str(tmp_path))
+@pytest.fixture(scope="module")
+def two_ranks(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank saw of ranks/faults.py."""
+    out = tmp_path_factory.mktemp("faults")
+    done = torchrun(2, SCRIPT, str(poisoned), str(out))
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert sum(one["has the poison"] for one in seen) == 1
-    for one in seen:
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_every_rank_skips_with_the_one_whose_numbers_are_broken(two_ranks: list[dict[str, Any]]) -> None:
+    assert sum(one["has the poison"] for one in two_ranks) == 1
+    for one in two_ranks:
         assert one["metrics"]["optim/skipped_updates"] == 1
         assert one["metrics"]["policy/rollout_gap_max"] == math.inf
         assert one["blamed"] == [3]
         assert one["untouched"]
         assert one["as if it had not been"]
+
+
+def test_ranks_agree_on_a_checkpoint_that_one_cannot_write_and_on_one_that_is_damaged(
+    two_ranks: list[dict[str, Any]],
+) -> None:
+    for one in two_ranks:
+        assert "step_000002: the checkpoint cannot be written: rank 1: " in one["told"]
+        assert "step_000001 is untouched" in one["told"]
+        assert one["left"] == ["step_000001"]
+        assert one["sound"] == ["step_000002", "step_000001"]
 
 
 def train_on_dumps(model: Path, folder: Path, broken: list[int], steps: int, leap: int = 0) -> list[str]:
