@@ -40,9 +40,11 @@ ARMS: dict[str, Arm] = {
     "GRPO": Arm("GRPO", OFF, "baseline", worlds=EVERYWHERE),
     "MEL": Arm("+ MEL as in the paper: M given question, wrong and right", {}, worlds=EVERYWHERE),
     "heuristic": Arm("+ MEL, heuristics given the question", learns(heuristic=1.0)),
-    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0), worlds=EVERYWHERE),
+    "replay": Arm("+ MEL, replay's solution given the question", learns(replay=1.0)),
     "paper+heuristic": Arm("+ MEL, paper's form and heuristics", {"mel.internalise.heuristic": 1.0}),
-    "paper+replay": Arm("+ MEL, paper's form and replay", {"mel.internalise.replay": 1.0}),
+    "paper+replay": Arm(
+        "+ MEL, paper's form and replay's solution", {"mel.internalise.replay": 1.0}, worlds=EVERYWHERE
+    ),
     "heuristic+replay": Arm("+ MEL, heuristics and replay", learns(heuristic=1.0, replay=1.0)),
     "REINFORCE++": Arm("REINFORCE++", REINFORCE | OFF, "baseline", base="REINFORCE++"),
     "REINFORCE++ MEL": Arm("+ MEL as in the paper", REINFORCE, base="REINFORCE++"),
