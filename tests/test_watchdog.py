@@ -50,8 +50,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         for rank in range(RANKS)
     ]
     try:
-        first = processes[0].communicate(timeout=120)[1]
-        processes[3].wait(timeout=120)
+        first = processes[0].communicate(timeout=600)[1]
+        processes[3].wait(timeout=600)
         processes[2].send_signal(signal.SIGTERM)
         processes[2].wait(timeout=60)
     finally:

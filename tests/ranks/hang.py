@@ -19,7 +19,8 @@ from mel_fast import watchdog
 from mel_fast.distributed import join_world
 
 LIMITS: Any = SimpleNamespace(phase_timeout_minutes=0.04, collective_timeout_minutes=5)
-watchdog.GRACE_S = 10.0 if os.environ["RANK"] == "3" else 60.0  # after rank 0, whom its end would tell
+watchdog.BEAT_S = 0.5
+watchdog.GRACE_S = 5.0 if os.environ["RANK"] == "3" else 60.0  # after rank 0, whom its end would tell
 
 
 def rests_in_python() -> None:
