@@ -47,14 +47,14 @@ class Figures:
     def mean(self, world: str, arm: str, measure: Callable[[Run], float]) -> float:
         return float(np.mean([measure(run) for run in self.runs[world, arm].values()]))
 
-    def difference(self, world: str, arm: str, measure: Callable[[Run], float]) -> Difference:
-        """To the base of the arm, over the seeds that both have."""
-        ours, theirs = self.runs[world, arm], self.runs[world, ARMS[arm].base]
+    def difference(self, world: str, arm: str, measure: Callable[[Run], float], base: str = "") -> Difference:
+        """To another arm, by default the base of this one, over the seeds that both have."""
+        ours, theirs = self.runs[world, arm], self.runs[world, base or ARMS[arm].base]
         return bootstrap([measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
 
-    def at_equal_tokens(self, world: str, arm: str) -> Difference:
-        """Share of right rollouts when as many tokens were sampled as the base samples in all, or the arm if fewer."""
-        ours, theirs = self.runs[world, arm], self.runs[world, ARMS[arm].base]
+    def at_equal_tokens(self, world: str, arm: str, base: str = "") -> Difference:
+        """Share of right rollouts when as many tokens were sampled as the one that samples fewer samples in all."""
+        ours, theirs = self.runs[world, arm], self.runs[world, base or ARMS[arm].base]
         differences: list[float] = []
         for seed in sorted(ours.keys() & theirs.keys()):
             tokens = min(sum(run["sampled_tokens"]) for run in (ours[seed], theirs[seed]))

@@ -22,7 +22,16 @@ from benchmarks.study_arms import ARMS, WORLDS
 from benchmarks.study_figures import Figures, known, probability, score, smoothed
 
 COLOURS = {"baseline": "#5b5b5b", "MEL": "#1b7f5c", "control": "#c46a1b", "attempt": "#4a6fb5"}
-CURVES = ("GRPO", "MEL", "heuristic", "replay", "right", "opening")
+PAIRS = (
+    ("paper+replay", "MEL"),
+    ("paper+replay", "right"),
+    ("paper+replay", "opening"),
+    ("replay", "right"),
+    ("MEL", "unvalidated"),
+    ("MEL", "critique"),
+)
+"""Arms that are compared with each other, beside their baselines."""
+CURVES = ("GRPO", "MEL", "paper+replay", "replay", "right", "opening")
 
 
 def heading(report: dict[str, Any]) -> str:
@@ -69,6 +78,19 @@ def table(figures: Figures, world: str) -> str:
             f"{figures.mean(world, name, lambda run: run['means']['rows/nll']):.0f}",
             f"{figures.mean(world, name, lambda run: float(np.mean(run['sampled_tokens']))):.0f}",
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def pair_table(figures: Figures, world: str) -> str:
+    """Differences between arms; empty when the world has none of the pairs."""
+    pairs = [(ours, theirs) for ours, theirs in PAIRS if {(world, ours), (world, theirs)} <= figures.runs.keys()]
+    if not pairs:
+        return ""
+    lines = ["| arm | less | Avg@8 | p(rule) | equal tokens |", "|---|---|---:|---:|---:|"]
+    for ours, theirs in pairs:
+        found = [figures.difference(world, ours, measure, theirs) for measure in (score("avg_at_k"), known(world))]
+        cells = [ours, theirs, *map(str, found), str(figures.at_equal_tokens(world, ours, theirs))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -172,7 +194,7 @@ def write(path: Path) -> list[Path]:
     parts = ["# Meta-Experience Learning in the embedded world", heading(report)]
     for world, (about, _) in WORLDS.items():
         if figures.arms(world):
-            parts += [f"## {world}: {about}", table(figures, world)]
+            parts += [f"## {world}: {about}", table(figures, world), pair_table(figures, world)]
     written = [path.with_suffix(".md"), path.with_name(f"{path.stem}-differences.svg")]
     written.append(path.with_name(f"{path.stem}-curves.svg"))
     plot_differences(figures, written[1])

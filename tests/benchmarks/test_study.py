@@ -111,6 +111,12 @@ def test_arms_are_compared_in_pairs() -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 
 
+def test_any_two_arms_can_be_compared() -> None:
+    figures = Figures(report({1: 0.1, 2: 0.2}))
+    backwards = figures.difference("plain", "GRPO", probability("rule/trained"), base="MEL")
+    assert backwards.each == pytest.approx((-0.1, -0.2))
+
+
 def test_an_interval_is_wider_than_its_spread_is_small() -> None:
     narrow, wide = bootstrap([0.1, 0.11, 0.09]), bootstrap([0.4, -0.3, 0.2])
     assert narrow.low > 0
