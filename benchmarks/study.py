@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -131,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "benchmark": "study",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.study " + shlex.join(sys.argv[1:] if arguments is None else arguments),
+        "command": command(options),
         "device": machine(torch.device("cpu")),
         "steps": STEPS,
         "before": before,
@@ -143,6 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     study_report.write(options.out)
+
+
+def command(options: argparse.Namespace) -> str:
+    """What gives the same figures again, on another machine, too."""
+    chosen = {"worlds": list(WORLDS), "arms": list(ARMS), "seeds": list(SEEDS)}
+    given = {name: getattr(options, name) for name, every in chosen.items() if getattr(options, name) != every}
+    return shlex.join(
+        ["python", "-m", "benchmarks.study", *(f for n, v in given.items() for f in (f"--{n}", *map(str, v)))]
+    )
 
 
 def gradients(study: Study, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -32,7 +32,9 @@ from mel_fast.tiny.prepare import prepare
 from mel_fast.tiny.world import World as TinyWorld
 from mel_fast.types import Episode, Sample
 
-FORMS = ("retrospective", "conclusion", "heuristic", "replay", "right", "opening")
+WRITTEN = ("retrospective", "conclusion", "heuristic")
+"""Forms made of what was written; the filter decides which of it."""
+FORMS = (*WRITTEN, "replay", "right", "opening")
 BATCHES = 4
 """Steps' worth of prompts behind each figure: 64 prompts of 8 responses."""
 
@@ -74,8 +76,8 @@ def measure(seed: int, work: Path) -> list[dict[str, Any]]:
         renderer,
     ).updates[0]
     terms = {"surrogate": gradient(policy, surrogate)}
-    for name, some in (("unvalidated", episodes), ("", _validated(episodes))):
-        for form in FORMS:
+    for name, some, forms in (("", _validated(episodes), FORMS), ("unvalidated", episodes, WRITTEN)):
+        for form in forms:
             internalise = Internalise.model_validate(every | {form: 1.0})
             samples = meta_experience_samples(some, internalise, 1.0, renderer)
             terms[f"{form} {name}".strip()] = gradient(policy, samples)
