@@ -53,11 +53,12 @@ class Figures:
         return bootstrap([measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
 
     def at_equal_tokens(self, world: str, arm: str, base: str = "") -> Difference:
-        """Share of right rollouts when as many tokens were sampled as the one that samples fewer samples in all."""
+        """Share of right rollouts in the last window of the one that samples fewer tokens, and in the other's window that
+        is centred at the same number of them."""
         ours, theirs = self.runs[world, arm], self.runs[world, base or ARMS[arm].base]
         differences: list[float] = []
         for seed in sorted(ours.keys() & theirs.keys()):
-            tokens = min(sum(run["sampled_tokens"]) for run in (ours[seed], theirs[seed]))
+            tokens = min(smoothed(run)[0][-1] for run in (ours[seed], theirs[seed]))
             differences.append(correct_at(ours[seed], tokens) - correct_at(theirs[seed], tokens))
         return bootstrap(differences)
 

@@ -127,8 +127,8 @@ def test_an_interval_is_wider_than_its_spread_is_small() -> None:
 def test_at_equal_tokens_an_arm_that_samples_more_is_read_earlier() -> None:
     assert correct_at(trial("MEL", 5, 0.0, tokens=200.0), 2000) == pytest.approx(0.5 * 10 / 20)
     equal = Figures(report({5: 0.0}, tokens=200.0)).at_equal_tokens("plain", "MEL")
-    # The base's last window (steps 16 to 20, its middle at 1800 tokens) against step 10 of the arm.
-    assert equal.mean == pytest.approx(0.5 * 10 / 20 - 0.5 * 18 / 20)
+    # The base's last window, steps 16 to 20 with the middle at 1800 tokens, against the arm's steps 7 to 11.
+    assert equal.mean == pytest.approx(0.5 * 9 / 20 - 0.5 * 18 / 20)
 
 
 def test_leaks_are_gains_where_nothing_was_trained() -> None:
