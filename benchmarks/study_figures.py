@@ -53,8 +53,8 @@ class Figures:
         return bootstrap([measure(ours[seed]) - measure(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())])
 
     def at_equal_tokens(self, world: str, arm: str, base: str = "") -> Difference:
-        """Share of right rollouts in the last window of the one that samples fewer tokens, and in the other's window that
-        is centred at the same number of them."""
+        """Share of right rollouts in the last window of the one that samples fewer tokens, and in the other's window
+        that is centred at the same number of them."""
         ours, theirs = self.runs[world, arm], self.runs[world, base or ARMS[arm].base]
         differences: list[float] = []
         for seed in sorted(ours.keys() & theirs.keys()):
