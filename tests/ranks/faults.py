@@ -42,6 +42,7 @@ def checkpoints_of(trained: Learner, folder: Path, world: World) -> dict[str, ob
             save_checkpoint(folder, 2, trained, {}, 2, world)
     except OutputError as error:
         told = str(error)
+    world.barrier()
     left = sorted(path.name for path in folder.glob("*step*"))
     world.barrier()
     save_checkpoint(folder, 2, trained, {}, 2, world)
