@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def watch(process: subprocess.Popen[bytes], metrics: Path, every: float, minutes
         if lines:
             seen.append({"step": lines[-1]["step"], "read_s": reading} | held)
         if time.monotonic() > deadline:
-            process.send_signal(signal.SIGINT)  # it closes its pool of verifiers
+            process.terminate()  # not SIGINT, which what is started in the background ignores
             break
     return seen
 

@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import HashStore
 from mel_fast import elastic
 from mel_fast.elastic import arguments_of, meet, remember_refusal, remember_run
 from mel_fast.errors import InputError, LaunchError
-from mel_fast.telemetry import write_whole
+from mel_fast.files import write_whole
 from mel_fast.train import main
 
 GIVEN = ["--optim.lr=1e-4"]
