@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +27,15 @@ from mel_fast.learner import OptimConfig
 from mel_fast.model import ModelConfig
 from mel_fast.objective import ObjectiveConfig
 from mel_fast.prompts import PromptConfig
+from mel_fast.readers import is_file
 from mel_fast.rollout.engine import RolloutConfig
 from mel_fast.telemetry import TelemetryConfig
 from mel_fast.tiny.config import TinyConfig
 from mel_fast.verify import VerifyConfig
 
 DEFAULT = "configs/tiny.yaml"
+_SHORT = reprlib.Repr()  # YAML's aliases make gigabytes of a few lines
+_SHORT.maxstring = _SHORT.maxother = 200
 
 
 class ConfigError(InputError):
@@ -176,8 +180,8 @@ def overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not isinstance(section, dict):
                 raise ConfigError(f"--{key}: {parent!r} was given a value of its own before it")
         try:
-            section[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            section[last] = _parse(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--{key}={value}: not a YAML value ({_in_one_line(error)})") from error
     return result
 
@@ -200,7 +204,7 @@ def _locate(path: str) -> Path:
     wheel."""
     package = Path(__file__).parent
     for candidate in (Path(path), package.parent / path, package / path):
-        if candidate.is_file():
+        if is_file(candidate):
             return candidate
     raise ConfigError(f"{path}: no such configuration file")
 
@@ -209,17 +213,38 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise ConfigError(f"{path}: it is its own base, by way of {above[-1]}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = _parse(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or the 45th of a month
         raise ConfigError(f"{path}: not valid YAML: {_in_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'model:', found {type(values).__name__}")
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str) or not (path.parent / base).is_file():
+    if not isinstance(base, str) or not is_file(path.parent / base):
         raise ConfigError(f"{path}: its base {base!r} does not exist (paths are relative to this file)")
     return _merge(_read(path.parent / base, (*above, path.resolve())), values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys; a section that is there twice is a slip."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a safe one
 
 
 def _in_one_line(error: Exception) -> str:
@@ -240,7 +265,12 @@ def _explain(problem: Any) -> str:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
-        got = f" (got {problem['input']!r})" if key and not isinstance(problem["input"], dict) else ""
+        secret = re.search(r"password|API key", message)  # then it is in the value, and must not get into logs
+        got = (
+            f" (got {_SHORT.repr(problem['input'])})"
+            if key and not secret and not isinstance(problem["input"], dict)
+            else ""
+        )
         return (message if message.startswith(f"{key}.") else f"{key}: {message}") + got
     # A slip of the pen is likelier than a wrong section: the section's own keys come first, then the word elsewhere.
     section, _, last = key.rpartition(".")

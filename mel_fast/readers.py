@@ -44,17 +44,38 @@ def read_rows(source: Source) -> Iterator[Row]:
             raise DataError(
                 f"{path}: split and subset are for data sets of `datasets`; a file has neither: remove them"
             )
-        if not path.is_file():
+        if path.is_dir():
+            raise DataError(f"{path}: a folder, where a file is needed")
+        if not is_file(path):
             near = difflib.get_close_matches(path.name, _siblings(path), n=1)
             raise DataError(
                 f"{path}: there is no such file" + (f"; did you mean {path.with_name(near[0])}?" if near else "")
             )
-        return readers[path.suffix](path)
-    if path.is_file():
+        return _told(readers[path.suffix](path), path)
+    if is_file(path):
         raise DataError(
             f"{path}: cannot read {path.suffix or 'a file without a suffix'}; use .jsonl, .json or .parquet"
         )
     return _read_hub(source)
+
+
+def is_file(path: Path) -> bool:
+    """False also for what cannot be a name: too long, say."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _told(rows: Iterator[Row], path: Path) -> Iterator[Row]:
+    """The rows, and what the system or the parquet library says against reading them."""
+    where = str(path)
+    try:
+        for where, row in rows:  # the last place that was read, for the message
+            yield where, row
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        after = "" if where == str(path) else f" after {where}"
+        raise DataError(f"{path}: cannot be read{after}: {' '.join(str(error).split())}") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -122,6 +143,10 @@ def _json(text: str, where: str, need: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text else ""
         raise DataError(f"{where}: not valid JSON ({place}column {error.colno}: {error.msg}); {need}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not usable JSON (brackets nested too deep); {need}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: not usable JSON ({error}); write such a number as text") from error
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def required(row: Mapping[str, Any], path: str, key: str, where: str) -> Any:
 
 def optional(row: Mapping[str, Any], path: str) -> str:
     value = lookup(row, path)
-    return "" if value is _MISSING or value is None else str(value).strip()
+    return "" if value is _MISSING or value is None else str(value).encode(errors="replace").decode().strip()
 
 
 def column_paths(row: Mapping[str, Any]) -> list[str]:
@@ -127,6 +128,8 @@ def question_of(value: Any, where: str) -> tuple[str, tuple[dict[str, str], ...]
         raise DataError(f"{where}: the question is empty; remove the row or fill it in")
     if not isinstance(value, str):
         raise DataError(f"{where}: the question must be text or chat messages, not {type(value).__name__}")
+    for text in (value, *(text for message in messages or () for text in message.values())):
+        _check_characters(text, "question", where)
     return value.strip(), messages
 
 
@@ -134,6 +137,8 @@ def answer_of(value: Any, path: str, where: str) -> str:
     """The gold answer as text. Text is taken as it stands, but for three layouts: a list of LaTeX answers, a worked
     solution (the column's name says so) with a box, and GSM8K's solution that ends in "#### 18"."""
     if isinstance(value, list):  # Math-Verify compares "a, b" as a set
+        if any(isinstance(item, list) for item in value):
+            raise DataError(f"{where}: the answer is a list of lists; it must be text, a number, or a list of those")
         return ", ".join(_UNESCAPED_DOLLAR.sub("", answer_of(item, path, where)) for item in value) or answer_of(
             None, path, where
         )
@@ -144,7 +149,9 @@ def answer_of(value: Any, path: str, where: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: the answer is empty; remove the row or fill it in")
     if not isinstance(value, str):
-        raise DataError(f"{where}: the answer must be text or a number, not {type(value).__name__} ({value!r})")
+        told = reprlib.repr(value)
+        raise DataError(f"{where}: the answer must be text or a number, not {type(value).__name__} ({told})")
+    _check_characters(value, "answer", where)
     if path.rsplit(".", 1)[-1] == "solution":
         boxed = _last_box(value)
         if boxed is None and "\n" in value.strip():
@@ -152,6 +159,15 @@ def answer_of(value: Any, path: str, where: str) -> str:
         return (boxed or value).strip()
     match = _GSM8K.search(value)
     return match[1] if match else value.strip()
+
+
+def _check_characters(text: str, what: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name them: "\\ud800"
+        raise DataError(
+            f"{where}: the {what} has half a surrogate pair at character {error.start}, which is no text; repair it"
+        ) from error
 
 
 def _last_box(text: str) -> str | None:

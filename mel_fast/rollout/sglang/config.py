@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -71,6 +72,17 @@ class SGLangConfig(BaseModel):
         if len(set(plain)) < len(plain):
             raise ValueError("a server is named twice")
         return plain
+
+    @field_validator("arguments")
+    @classmethod
+    def _no_secrets(cls, arguments: tuple[str, ...]) -> tuple[str, ...]:
+        for argument in arguments:
+            if re.match(r"--(admin-)?api-key(=|$)", argument):  # it would be in config.yaml, in W&B and in `ps`
+                raise ValueError(
+                    "an API key must not be among the arguments: launched servers listen on the loopback interface and "
+                    "need none; start servers of your own with one, and attach to them with urls and api_key_variable"
+                )
+        return arguments
 
     @model_validator(mode="after")
     def _launch_or_attach(self) -> SGLangConfig:

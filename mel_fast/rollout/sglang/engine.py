@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import torch
@@ -176,9 +177,7 @@ class SGLangEngine:
                 )
 
     async def _open(self) -> None:
-        key = os.environ.get(self.config.api_key_variable) if self.config.api_key_variable else None
-        if self.config.api_key_variable and not key:
-            raise InputError(f"rollout.sglang.api_key_variable={self.config.api_key_variable} is not set")
+        key = _api_key(self.config)
         self._http = aiohttp.ClientSession(
             # Servers drop connections that were idle for 5 s: ours must be gone before, or a request meets a dead one.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
@@ -281,3 +280,24 @@ class SGLangSession:
         if self.server is not None:
             self.server.sessions -= 1
             self.server = None
+
+
+def _api_key(config: SGLangConfig) -> str:
+    """The key of attached servers, or "". No message has it in it.
+
+    Raises:
+        InputError: the variable is not set, or what it holds cannot be a key.
+    """
+    variable = config.api_key_variable
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "").strip()  # files that keys come from end in a newline
+    if not key:
+        raise InputError(f"rollout.sglang.api_key_variable={variable} is not set")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise InputError(f"rollout.sglang.api_key_variable: what {variable} holds has characters that no key has")
+    for url in config.urls:
+        parts = urlsplit(url)
+        if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+            log.warning("%s: the API key and all texts travel unencrypted; use https, or a network you trust", url)
+    return key
