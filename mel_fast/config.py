@@ -36,6 +36,7 @@ from mel_fast.verify import VerifyConfig
 DEFAULT = "configs/tiny.yaml"
 _SHORT = reprlib.Repr()  # YAML's aliases make gigabytes of a few lines
 _SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlevel = 2
 
 
 class ConfigError(InputError):

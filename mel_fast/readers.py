@@ -44,8 +44,6 @@ def read_rows(source: Source) -> Iterator[Row]:
             raise DataError(
                 f"{path}: split and subset are for data sets of `datasets`; a file has neither: remove them"
             )
-        if path.is_dir():
-            raise DataError(f"{path}: a folder, where a file is needed")
         if not is_file(path):
             near = difflib.get_close_matches(path.name, _siblings(path), n=1)
             raise DataError(
