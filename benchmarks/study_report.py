@@ -46,8 +46,8 @@ def heading(report: dict[str, Any]) -> str:
         "paired by seed, with bootstrap 95% intervals over the seeds. `p(rule)`: probability of the right rule where a "
         "solution names it, on unseen numbers, without sampling noise (where solutions name none: of the whole right "
         "solution). `equal tokens`: share of right rollouts, in windows of five steps, when as many tokens were "
-        "sampled as by the baseline in its last window. `untrained`: what the right rule's probability gained on topics "
-        "that are never trained on.\n"
+        "sampled as by the baseline in its last window. `untrained`: what the right rule's probability gained on "
+        "topics that are never trained on.\n"
     )
 
 
