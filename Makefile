@@ -29,7 +29,7 @@ test: $(BIN)/.installed-dev $(SERVERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 kernel-report: $(BIN)/.installed-dev
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/kernel_report.py --out docs/kernel_report.md

@@ -27,13 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: a file's tests, which share fixtures, run in one process; so do those of all
-    files that share the rollout servers."""
-    for item in items:
-        servers = "sglang" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("servers" if servers else str(item.path)))
+    """Files with slow tests come first, so that none of two test processes is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or "sglang" in item.path.parts}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
