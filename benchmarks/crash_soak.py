@@ -1,6 +1,7 @@
 """Does a run that is killed again and again come back by itself, and end as if nothing had happened?
 
     nice python -m benchmarks.crash_soak                        # about a quarter of an hour on two cores
+    nice python -m benchmarks.crash_soak --matrix --kills 1 --ranks 2   # every point in turn
 
 Small runs in the embedded world on one and two ranks, by `torchrun --max-restarts`. In each attempt one rank ends
 itself by SIGKILL: at a random time, or within a random function (crash_trial.POINTS), so that files are left half
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.crash_trial import Fault, plan
+from benchmarks.crash_trial import Fault, matrix, plan
 from benchmarks.loss_measure import load_average, machine
 from mel_fast.dumps import read_jsonl
 
@@ -173,7 +174,7 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             reference[ranks] = whole["directory"]
         draw = random.Random(f"{options.seed}/{number}")
         static = number % 3 == 2  # torchrun's plain rendezvous, which is the default, and else --standalone's
-        faults = plan(draw, ranks, options.faults, options.seconds)
+        faults = matrix(ranks) if options.matrix else plan(draw, ranks, options.faults, options.seconds)
         one = run(scratch / f"run-{number}", ranks, faults, static, SETTINGS)
         found = differences(reference[ranks], one["directory"]) if one["status"] == 0 else [one["output"][-3000:]]
         if one["processes"]:
@@ -193,6 +194,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="random times lie within, after the imports")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="runs take turns")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--matrix", action="store_true", help="every point in turn, in one run, instead of random ones")
     parser.add_argument("--minutes", type=float, default=45.0, help="no new run is begun after so long")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/crash-soak-cpu-<date>.json and .md")
     options = parser.parse_args()

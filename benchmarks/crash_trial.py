@@ -88,6 +88,19 @@ def plan(random_: random.Random, ranks: int, length: int, seconds: float) -> lis
     return faults
 
 
+def matrix(ranks: int) -> list[Fault]:
+    """Every point once on rank 0, and once more on another rank where others pass it, too, each at its first call: so
+    the run gets no further than it must, and the next fault finds work left. What ends a run comes last."""
+    last = ("export", "report")
+    begun = [name for name in POINTS if not name.startswith("resume") and name not in last]
+    resumed = [name for name in POINTS if name.startswith("resume")]  # there is a checkpoint behind the evaluation
+    other = range(1, min(ranks, 2))
+    faults = [Fault(0, name, 1) for name in (*begun, *resumed)]
+    faults += [Fault(rank, name, 1) for name in (*begun, *resumed) for rank in other if POINTS[name].every_rank]
+    faults += [Fault(rank, "export", 1) for rank in (0, *other)]
+    return [*faults, Fault(0, "report", 1)]
+
+
 class Trial:
     """The fault of this attempt, if it is this rank's, and the log."""
 
