@@ -106,11 +106,15 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_sound(folder: Path, world: World) -> Path | None:
     """The newest checkpoint of a run whose every byte is as it was written, the same on every rank; None if there never
-    was one. Those that are passed over are named in a warning. Collective.
+    was one. Those that are passed over are named in a warning; what a killed run left half written or half removed is
+    cleared away. Collective.
 
     Raises:
         CheckpointError: there are some, and all are damaged.
     """
+    with world.together():
+        if world.main:
+            _clear(folder)
     found = sorted(folder.glob("step_*"), reverse=True) if world.main else None
     damaged: list[str] = []
     for path in world.broadcast(found):

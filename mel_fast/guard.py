@@ -135,5 +135,6 @@ class Spikes:
 
     def _remember(self, metrics: Mapping[str, float]) -> None:
         for name, last in self._last.items():
-            if math.isfinite(value := metrics.get(name, math.nan)):
+            value = metrics.get(name, math.nan)
+            if math.isfinite(value) and value != 0:  # a step without an update says nothing of their size
                 last.append(value)

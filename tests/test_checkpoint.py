@@ -13,7 +13,14 @@ from support import make_model, random_samples
 from test_learner import learner
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from mel_fast.checkpoint import CheckpointError, checkpoints, export_model, load_checkpoint, save_checkpoint
+from mel_fast.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    export_model,
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+)
 from mel_fast.distributed import World
 from mel_fast.packing import collate
 
@@ -99,6 +106,16 @@ def test_a_checkpoint_cut_off_while_it_was_removed_is_not_one(
     assert [path.name for path in checkpoints(tmp_path)] == ["step_000002"]
     save_checkpoint(tmp_path, 3, trained, {}, 1, world)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_a_run_that_goes_on_clears_away_what_a_killed_one_left(
+    model_folder: Path, tmp_path: Path, world: World
+) -> None:
+    """A run that was killed while it removed an old checkpoint after its last step saves no more."""
+    whole = save_checkpoint(tmp_path, 2, learner(model_folder, world), {}, 2, world)
+    (tmp_path / ".writing_step_000001").mkdir()
+    assert newest_sound(tmp_path, world) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000002"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(

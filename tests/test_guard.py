@@ -259,6 +259,13 @@ def test_the_leap_is_logged_with_its_prompt_before_and_after_a_resume(
     assert [record.message for record in caplog.records if "pull hardest" in record.message] == said
 
 
+def test_steps_without_an_update_do_not_make_a_leap_of_the_next_one() -> None:
+    lines = [{"optim/grad_norm": 0.2 + 0.01 * (step % 3) if step % 4 == 0 else 0.0} for step in range(200)]
+    spikes = Spikes(10, 50, lines)
+    assert spikes.look({"optim/grad_norm": 0.22}) == []
+    assert spikes.look({"optim/grad_norm": 2.0}) != []
+
+
 def test_steps_that_are_all_alike_do_not_make_a_leap_of_noise() -> None:
     spikes = Spikes(10, 30, [{"loss/total": 1.0}] * 30)
     assert spikes.look({"loss/total": 1.01}) == []
