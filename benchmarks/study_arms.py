@@ -101,7 +101,7 @@ class Trial:
     arm: str
     rate: float
     seed: int
-    judged: bool = True  # evaluated on the way; false: a run of the sweep
+    judged: bool = True  # evaluated at both ends; false: a run of the sweep
 
     @property
     def folder(self) -> str:
