@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -27,9 +27,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mel_fast.distributed import World
-from mel_fast.errors import InputError, OutputError
+from mel_fast.errors import OutputError
 from mel_fast.files import MANIFEST, damage, seal, settle, writing
 from mel_fast.policy import Policy
+from mel_fast.safe_checkpoint import CheckpointError, load_tensors
 from mel_fast.weights import full_weights
 
 if TYPE_CHECKING:
@@ -39,10 +40,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(InputError):
-    """A checkpoint that cannot be used, with its path and what to do."""
 
 
 def save_checkpoint(folder: Path, step: int, learner: Learner, state: dict[str, Any], keep: int, world: World) -> Path:
@@ -159,7 +156,7 @@ def load_checkpoint(path: Path, learner: Learner) -> dict[str, Any]:
             f"{', '.join(optimizers)}: optim.nll_lr must be set, or null, as it was when the checkpoint was written"
         )
     tensors = _tensors(learner)
-    state_dict_loader.load(tensors, checkpoint_id=path)
+    load_tensors(path, tensors, learner.world)
     set_model_state_dict(learner.policy, tensors["model"])
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(learner.policy, optimizer, tensors[name])
