@@ -14,6 +14,7 @@ from mel_fast.errors import EngineError, InputError
 from mel_fast.types import Completion, Request, VersionSpan
 
 NEVER = 2**31 - 1  # tokens between two streamed chunks: the first comes at once, then only the last
+LOCKED = (401, 403)
 UNAVAILABLE = (502, 503, 504)  # a server on its way down, or a proxy that does not reach it: as good as no connection
 
 
@@ -91,23 +92,23 @@ class Client:
         return Completion(ids, logprobs, reason["type"], versions, meta["cached_tokens"])
 
     async def post(self, path: str, timeout_s: float, **body: object) -> dict[str, Any]:
-        """Raises EngineError when the server says no."""
+        """Raises EngineError when the server says no, InputError when it wants another API key."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         async with self.http.post(self.url + path, json=body, timeout=timeout) as response:
             text = await response.text()
             if response.status >= 400:
-                raise EngineError(f"{self.url}{path} answered {response.status}: {_message(text)}")
+                raise self._no(path, response.status, text)
             answer = json.loads(text) if text.startswith("{") else {}
             if answer.get("success") is False:
                 raise EngineError(f"{self.url}{path}: {answer.get('message')}")
             return answer
 
     async def info(self) -> dict[str, Any]:
-        """What the server says of itself."""
+        """What the server says of itself. Raises as `post`."""
         async with self.http.get(f"{self.url}/server_info", timeout=aiohttp.ClientTimeout(total=30)) as response:
             text = await response.text()
             if response.status >= 400:
-                raise EngineError(f"{self.url}/server_info answered {response.status}: {_message(text)}")
+                raise self._no("/server_info", response.status, text)
             return json.loads(text)
 
     async def healthy(self, patience_s: float, alive: Callable[[], bool]) -> bool:
@@ -127,9 +128,18 @@ class Client:
     def _refusal(self, path: str, status: int, text: str) -> Exception:
         if status in UNAVAILABLE:
             return aiohttp.ClientPayloadError(f"{self.url}{path} answered {status}: {_message(text)}")
-        if status >= 500:
-            return EngineError(f"{self.url}{path} answered {status}: {_message(text)}")
+        if status >= 500 or status in LOCKED:
+            return self._no(path, status, text)
         return InputError(f"{self.url} refused a request ({status}): {_message(text)}")
+
+    def _no(self, path: str, status: int, text: str) -> Exception:
+        answer = f"{self.url}{path} answered {status}: {_message(text)}"
+        if status not in LOCKED:
+            return EngineError(answer)
+        return InputError(
+            f"{answer}; rollout.sglang.api_key_variable must name an environment variable that holds the key with "
+            "which this server was started (--api-key; where it has an --admin-api-key too, both must be the same)"
+        )
 
 
 def _version(text: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import aiohttp
 
-from mel_fast.errors import EngineError
+from mel_fast.errors import EngineError, InputError
 from mel_fast.rollout.prefixes import as_bytes
 from mel_fast.rollout.sglang.client import Client
 from mel_fast.rollout.sglang.config import SGLangConfig
@@ -70,7 +70,7 @@ class Server:
         self._check = asyncio.Event()  # set when the next check is done
 
     async def start(self) -> None:
-        """Raises EngineError when it does not come up."""
+        """Raises EngineError when it does not come up, InputError when it wants another API key."""
         if self.process is not None:
             await asyncio.to_thread(self.process.kill)
             self.released = False
@@ -183,7 +183,7 @@ class Server:
                 if restart:
                     await self.start()
                 await self.restore(self)
-            except Final as error:
+            except (Final, InputError) as error:  # InputError: its key is another one now
                 return await self.give_up(str(error))
             except (EngineError, aiohttp.ClientError, OSError) as error:
                 reason = str(error) or type(error).__name__
