@@ -20,7 +20,7 @@ from mel_fast.gspo import SequenceLoss
 from mel_fast.guard import Outcome, pulls
 from mel_fast.memory import explained
 from mel_fast.metrics import loss_metrics, saved_metrics
-from mel_fast.packing import KINDS, Cost, PackedBatch, balance_metrics, pack
+from mel_fast.packing import J_RLVR, KINDS, Cost, PackedBatch, balance_metrics, pack
 from mel_fast.policy import Policy
 from mel_fast.terms import term_gradients
 from mel_fast.types import Sample
@@ -74,10 +74,6 @@ class OptimConfig(BaseModel):
         progress = min(1.0, update / max(1, total))
         decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
         return self.lr * warmup * (self.final_lr_ratio + (1 - self.final_lr_ratio) * decay[self.schedule])
-
-
-J_RLVR = ("policy", "rft", "demonstration")
-"""Kinds of samples that are not R_MEL."""
 
 
 @dataclass(frozen=True, slots=True)

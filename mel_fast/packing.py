@@ -19,17 +19,9 @@ from torch import Tensor
 
 from mel_fast.types import Sample
 
-KINDS = (
-    "policy",
-    "rft",
-    "demonstration",
-    "retrospective",
-    "heuristic",
-    "replay",
-    "conclusion",
-    "right",
-    "opening",
-)
+J_RLVR = ("policy", "rft", "demonstration")
+KINDS = (*J_RLVR, "retrospective", "heuristic", "replay", "conclusion", "right", "opening")
+"""What a sample can be. Those that are not of J_RLVR are the forms of R_MEL."""
 
 
 @dataclass(frozen=True, slots=True)
