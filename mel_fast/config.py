@@ -26,10 +26,10 @@ from mel_fast.experience import MelConfig
 from mel_fast.learner import OptimConfig
 from mel_fast.model import ModelConfig
 from mel_fast.objective import ObjectiveConfig
-from mel_fast.prompts import PromptConfig
 from mel_fast.readers import is_file
 from mel_fast.rollout.engine import RolloutConfig
 from mel_fast.telemetry import TelemetryConfig
+from mel_fast.templates import PromptConfig
 from mel_fast.tiny.config import TinyConfig
 from mel_fast.verify import VerifyConfig
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from mel_fast.evaluate import EvalConfig, Score, evaluate
-from mel_fast.prompts import PromptConfig, Renderer
+from mel_fast.prompts import Renderer
+from mel_fast.templates import PromptConfig
 from mel_fast.types import Prompt, Request
 
 

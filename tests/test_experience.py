@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mel_fast.experience import Collector, MelConfig, contrast_pairs, seed_of
-from mel_fast.prompts import PromptConfig, Renderer
+from mel_fast.prompts import Renderer
 from mel_fast.rollout.engine import RolloutConfig
+from mel_fast.templates import PromptConfig
 from mel_fast.types import Episode, Prompt, Request
 
 PROMPTS = PromptConfig(

@@ -10,7 +10,8 @@ from mel_kernels import Stream
 from transformers import PreTrainedTokenizerBase
 
 from mel_fast.internalise import Internalise, meta_experience_samples
-from mel_fast.prompts import PromptConfig, Renderer
+from mel_fast.prompts import Renderer
+from mel_fast.templates import PromptConfig
 from mel_fast.types import Episode, Experience, MetaExperience, Sample
 
 MEMO = "Bifurcation: the first step.\nCritique: I used birch.\nHeuristics: When asked about jade, use cedar."

@@ -18,7 +18,8 @@ from mel_fast.experience import MelConfig
 from mel_fast.gspo import SequenceLoss
 from mel_fast.internalise import Internalise
 from mel_fast.objective import Batch, ObjectiveConfig, build_batch, group_advantages, shaped_reward
-from mel_fast.prompts import PromptConfig, Renderer
+from mel_fast.prompts import Renderer
+from mel_fast.templates import PromptConfig
 from mel_fast.types import Episode, Sample
 
 LIMIT = 10  # max_new_tokens

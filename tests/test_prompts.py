@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mel_fast.errors import InputError
-from mel_fast.prompts import PromptConfig, Renderer, leaks, parse_experience
+from mel_fast.prompts import Renderer, leaks, parse_experience
+from mel_fast.templates import PromptConfig
 from mel_fast.types import MetaExperience, Prompt
 
 PROMPT = make_prompt(question="What is 7 times 8?")

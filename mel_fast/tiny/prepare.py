@@ -22,7 +22,8 @@ from mel_fast.checkpoint import export_model
 from mel_fast.distributed import World
 from mel_fast.learner import Learner, OptimConfig
 from mel_fast.policy import ModelConfig, load_policy
-from mel_fast.prompts import PLACEHOLDERS, PromptConfig, Renderer
+from mel_fast.prompts import Renderer
+from mel_fast.templates import PLACEHOLDERS, PromptConfig
 from mel_fast.tiny.build import write_data
 from mel_fast.tiny.config import TinyConfig
 from mel_fast.tiny.demonstrations import demonstration_batch

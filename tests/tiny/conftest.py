@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mel_fast.prompts import PromptConfig, Renderer
+from mel_fast.prompts import Renderer
+from mel_fast.templates import PromptConfig
 from mel_fast.tiny import texts
 from mel_fast.tiny.config import WorldConfig
 from mel_fast.tiny.tokenizer import build_tokenizer

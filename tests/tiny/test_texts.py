@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from mel_fast.prompts import PromptConfig, Renderer, parse_experience
+from mel_fast.prompts import Renderer, parse_experience
+from mel_fast.templates import PromptConfig
 from mel_fast.tiny import texts
 from mel_fast.tiny.config import WorldConfig
 from mel_fast.tiny.texts import rule_heuristics, rule_reflection, slip_reflection, solution
