@@ -79,7 +79,7 @@ def measure(seed: int, work: Path) -> list[dict[str, Any]]:
     for name, some, forms in (("", _validated(episodes), FORMS), ("unvalidated", episodes, WRITTEN)):
         for form in forms:
             internalise = Internalise.model_validate(every | {form: 1.0})
-            samples = meta_experience_samples(some, internalise, 1.0, renderer)
+            samples, _ = meta_experience_samples(some, internalise, 1.0, renderer)
             terms[f"{form} {name}".strip()] = gradient(policy, samples)
     return [
         {

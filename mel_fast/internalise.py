@@ -52,11 +52,17 @@ class Internalise(BaseModel):
 
 def meta_experience_samples(
     episodes: Sequence[Episode], internalise: Internalise, nll_weight: float, renderer: Renderer
-) -> list[Sample]:
-    """L_NLL (MEL, "Internalize"): for each form, the mean over kept experiences of the mean over their tokens."""
+) -> tuple[list[Sample], int]:
+    """L_NLL (MEL, "Internalize"): for each form, the mean over kept experiences of the mean over their tokens.
+
+    Returns:
+        The samples, and how many there would be more if each kept experience had every form that is on: none is made of
+        a replay that is not right, nor, under `shuffled`, where no other prompt has an experience.
+    """
     kept = [(e.prompt, x) for e in episodes for x in e.experiences if x.kept]
     places = _shuffled(kept) if internalise.shuffled else [(prompt, x, x) for prompt, x in kept]
     samples: list[Sample] = []
+    missing = 0
     for kind, coefficient in internalise.forms().items():
         if coefficient * nll_weight == 0:
             continue
@@ -64,10 +70,11 @@ def meta_experience_samples(
             pairs = _right(kind, episodes, renderer)
         else:
             pairs = [pair for place in places if (pair := _form(kind, *place, renderer)) is not None]
+            missing += len(kept) - len(pairs)
         for origin, context, target in pairs:
             weight = coefficient * nll_weight / (len(pairs) * len(target))
             samples.append(make_sample(context, target, Stream.NLL, weight, kind, origin))
-    return samples
+    return samples, missing
 
 
 def _form(kind: str, prompt: Prompt, place: Experience, told: Experience, renderer: Renderer) -> Pair | None:
@@ -99,7 +106,7 @@ def _shuffled(kept: Sequence[tuple[Prompt, Experience]]) -> list[tuple[Prompt, E
     """(prompt, its experience, the next one of another prompt); empty when only one prompt has any."""
     places: list[tuple[Prompt, Experience, Experience]] = []
     for index, (prompt, place) in enumerate(kept):
-        others = (x for other, x in (*kept[index:], *kept[:index]) if other.id != prompt.id)
+        others = (x for other, x in (*kept[index:], *kept[:index]) if other != prompt)
         if (told := next(others, None)) is not None:
             places.append((prompt, place, told))
     return places

@@ -119,6 +119,7 @@ def build_batch(
             "batch/policy_tokens",
             "batch/policy_tokens_dropped",
             "batch/masked_overlong",
+            "batch/forms_dropped",
             "saved/zero_advantage",  # prompts included: sequences that no pass sees
         ),
         0,
@@ -130,7 +131,9 @@ def build_batch(
             if config.algorithm == "rft"
             else _policy(chosen, their, config, max_new_tokens, temperature, totals)
         )
-        batch.updates.append(policy + meta_experience_samples(chosen, internalise, nll_weight, renderer))
+        learnt, missing = meta_experience_samples(chosen, internalise, nll_weight, renderer)
+        totals["batch/forms_dropped"] += missing
+        batch.updates.append(policy + learnt)
     batch.metrics = {name: float(value) for name, value in totals.items()}
     samples = [sample for update in batch.updates for sample in update]
     batch.metrics["batch/samples"] = float(len(samples))

@@ -29,10 +29,14 @@ def written(renderer: Renderer, text: str = MEMO) -> Experience:
     return made
 
 
+def made(episodes: list[Episode], renderer: Renderer, **weights: float) -> tuple[list[Sample], int]:
+    internalise = Internalise.model_validate({"retrospective": 0.0} | weights)
+    return meta_experience_samples(episodes, internalise, 1.0, renderer)
+
+
 def learnt(episodes: list[Episode], renderer: Renderer, **weights: float) -> list[tuple[str, str, str]]:
     """(kind, context, target) of every sample, as text."""
-    internalise = Internalise.model_validate({"retrospective": 0.0} | weights)
-    return [(s.kind, *parted(s, renderer)) for s in meta_experience_samples(episodes, internalise, 1.0, renderer)]
+    return [(s.kind, *parted(s, renderer)) for s in made(episodes, renderer, **weights)[0]]
 
 
 def parted(sample: Sample, renderer: Renderer) -> tuple[str, str]:
@@ -78,6 +82,14 @@ def test_shuffled_experiences_stand_in_the_place_of_another_prompts(renderer: Re
     assert [target for _, _, target in shuffled] == [targets[2], targets[2], targets[0]]
 
 
-def test_where_one_prompt_alone_has_experiences_there_is_nothing_to_shuffle(renderer: Renderer) -> None:
+def test_where_one_prompt_alone_has_experiences_none_is_shuffled_and_all_are_counted(renderer: Renderer) -> None:
     alone = episode([1, 0], experiences=[written(renderer), written(renderer)])
-    assert learnt([alone], renderer, retrospective=1.0, shuffled=True) == []
+    assert made([alone], renderer, retrospective=1.0, heuristic=0.5, shuffled=True) == ([], 4)
+    assert made([alone], renderer, retrospective=1.0, heuristic=0.5)[1] == 0
+
+
+def test_prompts_of_two_sources_are_others_under_one_id(renderer: Renderer) -> None:
+    one = episode([1, 0], experiences=[written(renderer)])
+    other = replace(one, prompt=replace(one.prompt, source="another-set", question="Why?"))
+    samples, missing = made([one, other], renderer, retrospective=1.0, shuffled=True)
+    assert (len(samples), missing) == (2, 0)

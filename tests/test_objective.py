@@ -323,10 +323,11 @@ def test_a_replay_that_failed_or_is_empty_is_never_distilled(renderer: Renderer)
         experience(replay=trajectory(1.0, 0)),
         experience(replay=trajectory(1.0, 6)),
     ]
-    samples = batch([episode([1, 1], experiences=experiences)], internalise=internalise, renderer=renderer).updates[0]
-    (sample,) = samples
+    found = batch([episode([1, 1], experiences=experiences)], internalise=internalise, renderer=renderer)
+    ((sample,),) = found.updates
     assert total([sample]) == pytest.approx(1.0)
     assert (sample.stream == Stream.NLL).sum() == 6
+    assert found.metrics["batch/forms_dropped"] == 2
 
 
 def test_a_weight_of_zero_builds_no_sample() -> None:
