@@ -1,10 +1,12 @@
 """Verification: a response becomes a score, by Math-Verify or by a reward function of the user's own.
 
-The comparison runs in a pool of worker processes with a deadline per answer: of processor time for Math-Verify, so that
-verdicts do not depend on how busy the machine is; by the clock for a function, which may wait for something. A worker
-that hangs is killed, one that hung or died is replaced; the answer at hand scores 0 and says why, and everything else
-goes on. What a response states as its answer is looked for at once, in process, and so are plain integers decided
-(`answers.same_integer`).
+What a response states as its answer is looked for at once, in process, and so are plain integers decided
+(`answers.same_integer`). Everything else goes to worker processes (pool.py) with a deadline per answer: of processor
+time for Math-Verify, so that verdicts do not depend on how busy the machine is; by the clock for a function, which may
+wait for something. An answer that hangs or kills its worker scores 0 and says why, and everything else goes on.
+
+Nor does it wait: Math-Verify needs milliseconds, so an answer that takes more than PATIENCE_S makes room for the next
+one and is tried again by other workers, with the whole deadline and low priority.
 
 A reward function is named by its import path, `verify.function=my_rewards:score`:
 
@@ -19,41 +21,37 @@ import asyncio
 import difflib
 import importlib
 import inspect
-import logging
 import math
-import multiprocessing
+import os
 import resource
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 from pydantic import BaseModel, ConfigDict, Field
 
 from mel_fast import answers
 from mel_fast.answers import Reason
+from mel_fast.pool import Pool
 from mel_fast.types import Prompt
 
 Outcome = tuple[float, Reason]
 RewardFunction = Callable[[str, str, Prompt], float]
 
-log = logging.getLogger(__name__)
+PATIENCE_S = 0.2  # of processor time: several times what the slowest ordinary answers were seen to need
+MOST_KNOWN = 20_000  # verdicts that are remembered
 
 
 class VerifyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int = Field(default=2, ge=1, description="processes")
+    workers: int = Field(default=2, ge=1, description="processes; as many again for answers that take long")
     timeout_s: float = Field(
-        default=10.0,
+        default=5.0,
         gt=0,
         description="deadline for one answer, in seconds of a worker's processor time; with `function` by the clock",
     )
@@ -82,19 +80,20 @@ class RewardError(RuntimeError):
 
 
 class Verifier:
-    """Scores responses. The pool starts with the first answer that needs it; `close` (or `with`) ends it."""
+    """Scores responses. Workers start with the first answer that needs them; `close` (or `with`) ends them."""
 
     def __init__(self, config: VerifyConfig | None = None) -> None:
-        self.config = config or VerifyConfig()
-        if self.config.function is not None:
-            load_function(self.config.function)  # a wrong import path is told now, not after the first rollout
-        self._pool: ProcessPool | None = None
-        self._starting = threading.Lock()  # an evaluation and the next step's rollouts may score at once
-        self._progress = 0.0  # when any answer last came back
-        # By the clock. A worker keeps to Math-Verify's deadline itself, if it gets a tenth of a processor or more.
-        self._deadline_s = self.config.timeout_s * (10 if self.config.function is None else 1)
-        # A busy pool returns something every `_deadline_s`; the rest is room for a slow start.
-        self._stall_s = 2 * self._deadline_s + 60.0
+        self.config = config = config or VerifyConfig()
+        self._known: dict[tuple[str, str], Outcome] = {}  # the samples of a prompt often state the same answer
+        if config.function is not None:
+            load_function(config.function)  # a wrong import path is told now, not after the first rollout
+            self._pools = [Pool(config.workers, config.timeout_s, _prepare_function, (config.function,), [__name__])]
+            return
+        preload = [__name__, "mel_fast.warm"]
+        self._pools = [  # a worker keeps to its deadline itself, if it gets a twentieth of a processor or more
+            Pool(config.workers, 20 * self._deadline_s(patient), _prepare, (config.memory_mib, patient), preload)
+            for patient in (False, True)
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -103,14 +102,13 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is not None:
-            _end(pool)
+        for pool in self._pools:
+            pool.close()
 
     async def score(self, response: str, answer: str, prompt: Prompt) -> Verdict:
         config = self.config
         if config.function is not None:
-            score, reason = await self._in_pool(_call_function, config.function, response, answer, prompt)
+            score, reason = await _run(self._pools[0], _call_function, config.function, response, answer, prompt)
         else:
             found, reason = answers.stated(response, config.max_chars, config.anywhere)
             if reason:
@@ -118,7 +116,7 @@ class Verifier:
             elif (same := answers.same_integer(found, answer)) is not None:
                 score = float(same)
             else:
-                score, reason = await self._in_pool(_compare, found, answer, config.timeout_s)
+                score, reason = await self._compare(found, answer)
         return Verdict(score, score >= config.correct_at and not reason, reason)
 
     def score_many(self, items: Iterable[tuple[str, str, Prompt]]) -> list[Verdict]:
@@ -129,36 +127,28 @@ class Verifier:
 
         return asyncio.run(gather())
 
-    async def _in_pool(self, function: Callable[..., Outcome], *args: object) -> Outcome:
-        for _ in range(2):
-            with self._starting:
-                pool = self._pool = self._pool or _start(self.config)
-            try:
-                return await self._wait(pool, _schedule(pool, function, args, self._deadline_s))
-            except TimeoutError:
-                return 0.0, "timeout"
-            except ProcessExpired as death:
-                return 0.0, "timeout" if death.exitcode == -signal.SIGPROF else "crash"
-            except BrokenProcessPool as error:
-                if self._pool is pool:  # the first to notice replaces it
-                    self._pool = None
-                    log.warning("verifier: the worker pool broke (%s); starting another", error)
-                    await asyncio.to_thread(_end, pool)
-        raise RuntimeError("verifier: the worker pool broke twice over one answer; see the workers' messages above")
+    async def _compare(self, found: str, gold: str) -> Outcome:
+        outcome = self._known.get((found, gold))
+        if outcome is None:
+            outcome = await _run(self._pools[0], _compare, found, gold, self._deadline_s(patient=False))
+            if outcome[1] == "timeout":
+                outcome = await _run(self._pools[1], _compare, found, gold, self._deadline_s(patient=True))
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            self._known[found, gold] = outcome
+        return outcome
 
-    async def _wait(self, pool: ProcessPool, future: Future[Outcome]) -> Outcome:
-        answer = asyncio.wrap_future(future)
-        try:
-            while not (await asyncio.wait({answer}, timeout=self._stall_s))[0]:
-                # A pool can lose its workers without failing its answers. The run must not wait for ever.
-                if self._pool is not pool or time.monotonic() - self._progress > self._stall_s:
-                    raise BrokenProcessPool(f"no worker answered for {self._stall_s:.0f} s")
-        finally:
-            answer.cancel()  # without effect once it is done
-        self._progress = time.monotonic()
-        if answer.cancelled():
-            raise BrokenProcessPool("the pool ended before its answers came")
-        return answer.result()
+    def _deadline_s(self, patient: bool) -> float:
+        return self.config.timeout_s if patient else min(PATIENCE_S, self.config.timeout_s)
+
+
+async def _run(pool: Pool, function: Callable[..., Outcome], *args: object) -> Outcome:
+    try:
+        return await pool.run(function, *args)
+    except TimeoutError:
+        return 0.0, "timeout"
+    except ProcessExpired as death:
+        return 0.0, "timeout" if death.exitcode == -signal.SIGPROF else "crash"
 
 
 def load_function(path: str) -> RewardFunction:
@@ -192,12 +182,13 @@ def _compare(found: str, gold: str, timeout_s: float) -> Outcome:
     signal.setitimer(signal.ITIMER_PROF, timeout_s)  # its signal ends the process, also in the middle of a sum in C
     try:
         return answers.compare(found, gold)
+    except (MemoryError, RecursionError):
+        return 0.0, "crash"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         if _memory() > 64 * 2**20 + _memory_at_start:
-            importlib.import_module(
-                "sympy.core.cache"
-            ).clear_cache()  # it keeps the largest numbers, and the next answer needs room
+            # It keeps the largest numbers, and the next answer needs room.
+            importlib.import_module("sympy.core.cache").clear_cache()
 
 
 def _call_function(path: str, response: str, answer: str, prompt: Prompt) -> Outcome:
@@ -216,44 +207,16 @@ def _call_function(path: str, response: str, answer: str, prompt: Prompt) -> Out
     return score, ""
 
 
-def _schedule(pool: ProcessPool, function: Callable[..., Outcome], args: tuple[object, ...], timeout_s: float) -> Any:
-    try:
-        return pool.schedule(function, args=args, timeout=timeout_s)
-    except RuntimeError as error:  # pebble's word for a pool that is no longer active
-        raise BrokenProcessPool(str(error)) from error
+def _prepare(memory_mib: int, patient: bool) -> None:
+    """First thing in a worker for Math-Verify."""
+    importlib.import_module("mel_fast.warm")
+    _limit_memory(memory_mib)
+    if patient:
+        os.nice(10)
 
 
-def _start(config: VerifyConfig) -> ProcessPool:
-    # forkserver: the trainer's process has threads and a device, so it cannot be forked; and a replacement for a killed
-    # worker is there in milliseconds, because the server has already imported what workers need. That includes what
-    # the main program imports, because multiprocessing runs its module again in every worker.
-    context: Any = multiprocessing.get_context("forkserver")
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    programme: list[str] = []
-    if main is not None and not main.name.endswith("__main__"):  # started with `python -m package.module`
-        package = main.name.partition(".")[0]
-        programme = sorted(name for name in sys.modules if name.startswith(package + ".") and name != main.name)
-    warm = ["mel_fast.warm"] if config.function is None else []
-    context.set_forkserver_preload([__name__, *warm, *programme])
-    return ProcessPool(
-        config.workers, initializer=_warm_up, initargs=(config.function, config.memory_mib), context=context
-    )
-
-
-def _end(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()
-
-
-def _warm_up(function: str | None, memory_mib: int = 1024) -> None:
-    """First thing in a worker, before any deadline runs."""
-    # At once, also in the middle of a sum in C. With pebble's handler that waits, and all workers wait with it.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if function is None:
-        importlib.import_module("mel_fast.warm")
-        _limit_memory(memory_mib)
-    else:
-        _cached_function(function)
+def _prepare_function(path: str) -> None:
+    _cached_function(path)
 
 
 def _limit_memory(growth_mib: int) -> None:
