@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
 from mel_fast.errors import InputError
 from mel_fast.files import writing
 from mel_fast.types import Episode, Experience, MetaExperience, Prompt, Trajectory
@@ -20,7 +22,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line.decode("utf-8")) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
             if number < len(lines):  # a whole line, ended by a newline
                 raise InputError(f"{path}, line {number}: not JSON ({error})") from error
             break
@@ -40,35 +42,61 @@ def dump_episodes(path: Path, episodes: Sequence[Episode]) -> None:
     partial = path.with_suffix(".partial")
     lines = (json.dumps(dataclasses.asdict(e), ensure_ascii=False) + "\n" for e in episodes)
     with writing(path):
-        partial.write_text("".join(lines), encoding="utf-8")
+        # errors: half a surrogate pair, which a reward function of the user's may put into a reason, is no text
+        partial.write_text("".join(lines), encoding="utf-8", errors="replace")
         partial.rename(path)
 
 
 def load_episodes(path: Path) -> list[Episode]:
-    """Raises InputError, naming the file, when it is missing or was not written by `dump_episodes`."""
+    """The episodes that `dump_episodes` wrote.
+
+    Raises:
+        InputError: the file is missing, or a line of it is not an episode: cut off, altered, or of something else.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no rollouts were dumped for this step; lower run.steps or check run.rollouts")
-    try:
-        return [_episode(row) for row in read_jsonl(path)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a dump of rollouts ({type(error).__name__}: {error})") from error
-
-
-def _episode(row: dict[str, Any]) -> Episode:
-    messages = row["prompt"].pop("messages")
-    prompt = Prompt(**row["prompt"], messages=None if messages is None else tuple(messages))
-    experiences = [
-        Experience(
-            **{key: x[key] for key in ("wrong", "right", "malformed", "kept")},
-            reflection=_trajectory(x["reflection"]),
-            meta=None if x["meta"] is None else MetaExperience(**x["meta"]),
-            replay=None if x["replay"] is None else _trajectory(x["replay"]),
-        )
-        for x in row["experiences"]
+    return [
+        _episode(line, f"{path}, line {number}")
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        if line.strip()
     ]
-    return Episode(row["step"], prompt, [_trajectory(t) for t in row["trajectories"]], experiences, row["dropped"])
 
 
-def _trajectory(row: dict[str, Any]) -> Trajectory:
-    versions = [(version, tokens) for version, tokens in row.pop("versions")]  # JSON knows no tuples
-    return Trajectory(**row, versions=versions)
+def _episode(line: bytes, where: str) -> Episode:
+    try:
+        episode = _EPISODE.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{where}: not an episode as dumped ({place + ': ' if place else ''}{first['msg']})"
+        ) from error
+    if told := _inconsistency(episode):
+        raise InputError(f"{where}: not an episode as dumped ({told})")
+    return episode
+
+
+def _inconsistency(episode: Episode) -> str:
+    """Where parts of an episode do not fit together; empty when they do."""
+    count = len(episode.trajectories)
+    named = {f"trajectories.{i}": trajectory for i, trajectory in enumerate(episode.trajectories)}
+    for i, x in enumerate(episode.experiences):
+        if not (0 <= x.wrong < count and 0 <= x.right < count):
+            return f"experiences.{i}: of trajectories {x.wrong} and {x.right}, and there are {count}"
+        named[f"experiences.{i}.reflection"] = x.reflection
+        if x.replay is not None:
+            named[f"experiences.{i}.replay"] = x.replay
+    for name, t in named.items():
+        if len(t.logprobs) != len(t.output_ids):
+            return f"{name}: {len(t.logprobs)} log-probs for {len(t.output_ids)} tokens"
+        if not t.versions:
+            return f"{name}: no version of the weights"
+        if not all(0 <= id < 2**31 for id in (*t.prompt_ids, *t.output_ids)):
+            return f"{name}: an id that no token has"
+    return ""
+
+
+for _kind in (Prompt, Trajectory, MetaExperience, Experience, Episode):
+    # Strict: text is not taken for a number. And a key with a typing error is not taken for one that is left out.
+    with_config(ConfigDict(strict=True, extra="forbid"))(_kind)
+_EPISODE = TypeAdapter(Episode)
