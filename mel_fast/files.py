@@ -43,11 +43,15 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".writing_{path.name}")
     with writing(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # it must not keep the room that is lacking
+            raise
 
 
 def settle(folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from factories import episode
 from mel_kernels import LossConfig
+from report.synthetic import case, evaluation, make_run
 from support import random_samples
 from test_guard import train_on_dumps
 from test_learner import learner
@@ -32,6 +33,7 @@ from mel_fast.dumps import dump_episodes, read_jsonl
 from mel_fast.errors import OutputError
 from mel_fast.files import MANIFEST, write_whole
 from mel_fast.learner import Learner
+from mel_fast.report import write_report
 from mel_fast.train import main
 
 QUERY = "model.model.layers.0.self_attn.q_proj.weight"
@@ -163,6 +165,8 @@ def test_other_files_that_the_disk_does_not_take_are_named(
     trained: Learner, tmp_path: Path, world: World, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     (tmp_path / "whole.json").write_text("old")
+    report = write_report(make_run(tmp_path / "run", [evaluation(0, math=0.5)], {1: [case()]}))
+    earlier = report.read_bytes()
     with full_disk(100):
         with pytest.raises(OutputError, match=r"dump\.jsonl: cannot be written \(File too large\)"):
             dump_episodes(tmp_path / "dump.jsonl", [episode([0, 1])])
@@ -170,6 +174,10 @@ def test_other_files_that_the_disk_does_not_take_are_named(
             write_whole(tmp_path / "whole.json", "new" * 100)
         with pytest.raises(OutputError, match=r"model: cannot be written"):
             export_model(tmp_path / "model", trained.policy, tokenizer, world)
+        with pytest.raises(OutputError, match=r"report\.html: cannot be written \(File too large\)"):
+            write_report(tmp_path / "run")
+    assert report.read_bytes() == earlier
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".writing")]
     assert (tmp_path / "whole.json").read_text() == "old"
     assert not (tmp_path / "dump.jsonl").exists()
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mel_fast.errors import InputError
+from mel_fast.errors import InputError, OutputError
 from mel_fast.report import Limits, write_report
 
 
@@ -29,9 +29,9 @@ def main() -> int:
     limits = Limits(experiences=chosen.experiences, rollout_steps=chosen.rollout_steps, tokens=chosen.tokens)
     try:
         print(write_report(*chosen.runs, out=chosen.out, limits=limits).resolve())
-    except InputError as error:
+    except (InputError, OutputError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from mel_fast.dumps import load_episodes
 from mel_fast.errors import InputError
+from mel_fast.files import write_whole
 from mel_fast.report import experiences as experience_lists
 from mel_fast.report import rollouts as rollout_lists
 from mel_fast.report.curves import figures, table
@@ -33,18 +34,14 @@ def write_report(*folders: Path, out: Path | None = None, limits: Limits | None 
 
     Raises:
         InputError: a folder is not a run's, or holds nothing yet; a file in it cannot be read.
+        OutputError: the disk does not take the report; the one before is still there.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise InputError("a run is named twice; name each once")
     runs = [open_run(folder.resolve()) for folder in folders]
     path = out or (runs[0].path / NAME if len(runs) == 1 else Path(NAME))
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(page(title, payload(runs, limits or Limits())), encoding="utf-8")
-        partial.replace(path)  # a browser may be reading the one before
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    write_whole(path, page(title, payload(runs, limits or Limits())))  # a browser may be reading the one before
     return path
 
 
