@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mel_fast.checkpoint import CheckpointError, load_checkpoint, newest_sound, 
 from mel_fast.distributed import World
 from mel_fast.files import MANIFEST, seal
 from mel_fast.learner import Learner
-from mel_fast.safe_checkpoint import INDEX
+from mel_fast.safe_checkpoint import INDEX, read_index
 
 ALONE = World(0, 1, torch.device("cpu"))
 SHARD = "__0_0.distcp"
@@ -44,6 +45,13 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.folder),)
+
+
+class Method(Trap):
+    """The same, by the method of a path."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.folder.mkdir, ()
 
 
 def dotted(folder: Path) -> bytes:
@@ -66,15 +74,16 @@ def put(path: Path, key: str, value: object) -> None:
     (path / INDEX).write_bytes(pickle.dumps(index))
 
 
-def index_with(path: Path, folder: Path) -> None:
+def index_with(path: Path, trap: Trap) -> None:
     index = pickle.loads((path / INDEX).read_bytes())
-    index.planner_data["x"] = Trap(folder)
+    index.planner_data["x"] = trap
     (path / INDEX).write_bytes(pickle.dumps(index))
 
 
 MOMENT = "optimizer.state.model.model.norm.weight.exp_avg"
 HIDDEN: dict[str, tuple[Callable[[Path, Path], object], str, str]] = {
-    "in the index": (index_with, INDEX, r"posix\.mkdir"),
+    "in the index": (lambda path, folder: index_with(path, Trap(folder)), INDEX, r"posix\.mkdir"),
+    "as a method": (lambda path, folder: index_with(path, Method(folder)), INDEX, r"builtins\.getattr"),
     "behind a module's name": (
         lambda path, folder: (path / INDEX).write_bytes(dotted(folder)),
         INDEX,
@@ -121,7 +130,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     assert not made.exists()
 
 
-@pytest.mark.parametrize("place", ["in the index", "behind a module's name", "in a value"])
+@pytest.mark.parametrize("place", ["in the index", "as a method", "behind a module's name", "in a value"])
 def test_torchs_own_reader_would_run_it(sound: Path, trained: Learner, tmp_path: Path, place: str) -> None:
     """Why there is another."""
     path, made = hostile(sound, tmp_path, place)
@@ -129,6 +138,21 @@ def test_torchs_own_reader_would_run_it(sound: Path, trained: Learner, tmp_path:
         tensors = {"optimizer": get_optimizer_state_dict(trained.policy, trained.optimizer)}
         state_dict_loader.load(tensors, checkpoint_id=path)
     assert made.is_dir()
+
+
+class Older(pickle.Pickler):
+    """Python 3.11.2, in what it makes of enumerations."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_an_index_of_another_release_of_python_is_read(sound: Path, tmp_path: Path) -> None:
+    index = read_index(sound / INDEX)
+    with (tmp_path / INDEX).open("wb") as file:
+        Older(file).dump(index)
+    assert b"getattr" in (tmp_path / INDEX).read_bytes()
+    assert read_index(tmp_path / INDEX) == index
 
 
 def test_every_rank_refuses_it(sound: Path, model_folder: Path, tmp_path: Path) -> None:
