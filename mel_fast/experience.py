@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +20,9 @@ from mel_fast.prompts import Renderer, parse_experience
 from mel_fast.rollout.engine import Engine, RolloutConfig, Session
 from mel_fast.types import Episode, Experience, Prompt, Request, Trajectory
 from mel_fast.verify import Verifier
+
+Seed = Callable[[str, int], int]
+"""(what for, which sample) -> the seed of one request of a prompt."""
 
 
 class MelConfig(BaseModel):
@@ -60,7 +65,8 @@ class Collector:
         engine: where to sample.
         renderer, verifier: prompts and verdicts.
         rollout, mel: settings.
-        seed: the run's; every request's seed follows from it and from (step, prompt, what for, which sample).
+        seed: the run's; every request's seed follows from it and from (step, prompt, what for, which sample), and
+            where a step has a prompt more than once, from how often it had it before.
     """
 
     def __init__(
@@ -77,23 +83,30 @@ class Collector:
 
     async def collect(self, prompts: Sequence[Prompt], step: int) -> list[Episode]:
         """One episode per prompt, in order."""
-        return await asyncio.gather(*(self._episode(prompt, step) for prompt in prompts))
+        before: Counter[tuple[str, str]] = Counter()
+        episodes: list[Coroutine[Any, Any, Episode]] = []
+        for prompt in prompts:
+            key = prompt.source, prompt.id
+            again = (before[key],) if before[key] else ()  # a group of its own, not a copy
+            episodes.append(self._episode(prompt, step, partial(seed_of, self.seed, step, *key, *again)))
+            before[key] += 1
+        return await asyncio.gather(*episodes)
 
-    async def _episode(self, prompt: Prompt, step: int) -> Episode:
+    async def _episode(self, prompt: Prompt, step: int, seed: Seed) -> Episode:
         async with self.engine.session(prompt.id) as session:
-            rollouts = await self._roll_out(session, prompt, step)
+            rollouts = await self._roll_out(session, prompt, seed)
             episode = Episode(step, prompt, rollouts)
             if self.mel.reflects:
-                episode.experiences = await self._reflect(session, episode)
-                await self._replay(session, episode)
+                episode.experiences = await self._reflect(session, episode, seed)
+                await self._replay(session, episode, seed)
             return episode
 
-    async def _roll_out(self, session: Session, prompt: Prompt, step: int) -> list[Trajectory]:
-        ids = self.renderer.solve(prompt)
-        requests = [self._request(ids, step, prompt, "solve", i) for i in range(self.rollout.group_size)]
+    async def _roll_out(self, session: Session, prompt: Prompt, seed: Seed) -> list[Trajectory]:
+        ids, temperature = self.renderer.solve(prompt), self.rollout.temperature
+        requests = [self._request(ids, seed("solve", i), temperature) for i in range(self.rollout.group_size)]
         return await self._verified(await self._sample(session, requests), prompt)
 
-    async def _reflect(self, session: Session, episode: Episode) -> list[Experience]:
+    async def _reflect(self, session: Session, episode: Episode, seed: Seed) -> list[Experience]:
         """C_retro = [I, x, y-, y+] -> M. Critiques of a single wrong solution are written on the same pairs."""
         right = [i for i, t in enumerate(episode.trajectories) if t.correct]
         wrong = [i for i, t in enumerate(episode.trajectories) if not t.correct]
@@ -105,9 +118,8 @@ class Collector:
             if len(context) + self.rollout.max_new_tokens > self.engine.context_length:
                 _count(episode, "reflection_beyond_context")
                 continue
-            temperature = self.mel.reflection_temperature
             pairs.append((w, r))
-            requests.append(self._request(context, episode.step, episode.prompt, "reflect", len(pairs), temperature))
+            requests.append(self._request(context, seed("reflect", len(pairs)), self.mel.reflection_temperature))
         experiences: list[Experience] = []
         for (w, r), reflection in zip(pairs, await self._sample(session, requests), strict=True):
             meta, malformed = parse_experience(reflection.text, episode.prompt.answer)
@@ -123,7 +135,7 @@ class Collector:
             return self.renderer.critique(episode.prompt, attempt)
         return self.renderer.reflect(episode.prompt, attempt, episode.trajectories[right].output_ids)
 
-    async def _replay(self, session: Session, episode: Episode) -> None:
+    async def _replay(self, session: Session, episode: Episode, seed: Seed) -> None:
         """A fresh attempt with M in the prompt. Only an M whose replay verifies is kept."""
         replayed: list[Experience] = []
         requests: list[Request] = []
@@ -132,9 +144,8 @@ class Collector:
             if len(ids) + self.rollout.max_new_tokens > self.engine.context_length:
                 _count(episode, "replay_beyond_context")
                 continue
-            temperature = self.mel.replay_temperature
             replayed.append(experience)
-            requests.append(self._request(ids, episode.step, episode.prompt, "replay", len(replayed), temperature))
+            requests.append(self._request(ids, seed("replay", len(replayed)), self.mel.replay_temperature))
         replays = await self._verified(await self._sample(session, requests), episode.prompt)
         for experience, replay in zip(replayed, replays, strict=True):
             experience.replay = replay
@@ -164,15 +175,8 @@ class Collector:
             trajectory.reward, trajectory.correct, trajectory.reason = verdict.score, verdict.correct, verdict.reason
         return trajectories
 
-    def _request(
-        self, ids: list[int], step: int, prompt: Prompt, purpose: str, index: int, temperature: float | None = None
-    ) -> Request:
-        return Request(
-            ids,
-            seed_of(self.seed, step, prompt.source, prompt.id, purpose, index),
-            self.rollout.max_new_tokens,
-            self.rollout.temperature if temperature is None else temperature,
-        )
+    def _request(self, ids: list[int], seed: int, temperature: float) -> Request:
+        return Request(ids, seed, self.rollout.max_new_tokens, temperature)
 
 
 def _count(episode: Episode, dropped: str) -> None:

@@ -249,6 +249,16 @@ def test_repetition_repeats_the_seeds(renderer: Renderer) -> None:
     assert seeds(renderer) == seeds(renderer)
 
 
+def test_a_prompt_that_a_step_has_twice_is_sampled_anew(renderer: Renderer) -> None:
+    prompt = make_prompt("a", "A?")
+    once, twice = (
+        [r.seed for r in collect(renderer, script("wr"), [prompt] * count)[1].asked if r.temperature == 0.9]
+        for count in (1, 2)
+    )
+    assert twice[:4] == once
+    assert len(set(twice)) == 8
+
+
 def test_a_seed_fits_a_generator_and_separates_its_parts() -> None:
     assert 0 <= seed_of(0, "a") < 2**63
     assert len({seed_of(1, 23), seed_of(12, 3), seed_of(1, 2, 3), seed_of("123")}) == 4
