@@ -127,7 +127,7 @@ def build_batch(
     for start, end in pairwise(cuts):
         chosen, their = episodes[start:end], advantages[start:end]
         policy = (
-            _rft(chosen)
+            _rft(chosen, totals)
             if config.algorithm == "rft"
             else _policy(chosen, their, config, max_new_tokens, temperature, totals)
         )
@@ -225,9 +225,15 @@ def _policy(
     return samples
 
 
-def _rft(episodes: Sequence[Episode]) -> list[Sample]:
-    """Rejection-sampling fine-tuning: the NLL of the right responses, mean over responses of the mean over tokens."""
+def _rft(episodes: Sequence[Episode], totals: dict[str, int]) -> list[Sample]:
+    """Rejection-sampling fine-tuning: the NLL of the right responses, mean over responses of the mean over tokens. The
+    others are left out, and counted."""
     right = [(e.prompt.id, t) for e in episodes for t in e.trajectories if t.correct and t.output_ids]
+    totals["batch/groups"] += len(episodes)
+    totals["batch/groups_without_signal"] += sum(not any(t.correct for t in e.trajectories) for e in episodes)
+    all_tokens = sum(len(t.output_ids) for e in episodes for t in e.trajectories)
+    totals["batch/policy_tokens"] += all_tokens
+    totals["batch/policy_tokens_dropped"] += all_tokens - sum(len(t.output_ids) for _, t in right)
     return [
         make_sample(t.prompt_ids, t.output_ids, Stream.NLL, 1 / (len(right) * len(t.output_ids)), "rft", origin)
         for origin, t in right
