@@ -2,11 +2,15 @@
 
     nice python -m benchmarks.crash_soak                        # about a quarter of an hour on two cores
     nice python -m benchmarks.crash_soak --matrix --kills 1 --ranks 2   # every point in turn
+    nice python -m benchmarks.crash_soak --engine sglang --mode async --matrix --kills 1 --ranks 1
 
 Small runs in the embedded world on one and two ranks, by `torchrun --max-restarts`. In each attempt one rank ends
 itself by SIGKILL: at a random time, or within a random function (crash_trial.POINTS), so that files are left half
 written. A run passes if, but for times, its metrics, rollouts, evaluations, data cursor and final weights are those
 of the run without faults, bit for bit, and if it leaves no process, no unfinished file and no second directory.
+Rollout servers do not draw the same samples twice: with them the prompts of each step and the number of samples of
+each prompt must be the same, the steps in the metrics, the names of all files and the cursor; no sample may be older
+than the mode allows, no server lost, and no server or copy of the weights left behind.
 `back`: seconds from the kill until the restarted ranks collect rollouts again; most of it are imports.
 
 The exit status is 1 when a run differs. Everything follows from the seed but for what random times hit.
@@ -48,6 +52,13 @@ SETTINGS = (
     "--eval.samples=1",
     "--eval.sets=[{path: '{tiny}/heldout.jsonl', limit: 8}]",
 )
+SERVERS = (
+    "--rollout.engine=sglang",
+    "--rollout.sglang.kv_tokens=16384",
+    "--rollout.sglang.health_every_s=1",
+    "--rollout.sglang.gate_min_tokens=1",  # prompts are short here
+)
+AHEAD = ("--rollout.mode=async", "--objective.tis_cap=2")
 MARK = "MEL_FAST_CRASH_SOAK"  # in the environment of every process of a run
 
 
@@ -55,7 +66,8 @@ def run(folder: Path, ranks: int, faults: Sequence[Fault], static: bool, setting
     """Runs to the end, through all faults.
 
     Returns:
-        `directory`, `status` of torchrun, its `output`, the `log` of the trial, and `processes` that were left.
+        `directory`, `status` of torchrun, its `output`, the `log` of the trial, and `processes` and `copies` of the
+        weights that were left.
     """
     folder.mkdir(parents=True)
     plan_file, log = folder / "plan.json", folder / "log.jsonl"
@@ -63,7 +75,8 @@ def run(folder: Path, ranks: int, faults: Sequence[Fault], static: bool, setting
     meeting = [f"--master-port={_free_port()}"] if static else ["--standalone"]
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
     command += [f"--max-restarts={len(faults) + 1}", "-m", "benchmarks.crash_trial", str(plan_file), str(log)]
-    command += [f"--run.folder={folder / 'runs'}", *settings]
+    copies = folder / "copies"
+    command += [f"--run.folder={folder / 'runs'}", f"--rollout.sglang.weights_folder={copies}", *settings]
     environment = os.environ | {"OMP_NUM_THREADS": "1", MARK: str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
     return {
@@ -71,17 +84,22 @@ def run(folder: Path, ranks: int, faults: Sequence[Fault], static: bool, setting
         "status": done.returncode,
         "output": done.stdout + done.stderr,
         "log": read_jsonl(log) if log.exists() else [],
-        "processes": _left(str(folder)),
+        "processes": _left(folder),
+        "copies": sorted(map(str, copies.glob("*"))),
     }
 
 
-def differences(reference: Path, other: Path) -> list[str]:
-    """What tells two run directories apart, in words; nothing when all that must repeat does."""
+def differences(reference: Path, other: Path, exact: bool = True) -> list[str]:
+    """What tells two run directories apart, in words; nothing when all that must repeat does.
+
+    Args:
+        exact: all figures and tokens must repeat; they do not with rollout servers.
+    """
     found: list[str] = []
     one, two = (_lines(path / "metrics.jsonl") for path in (reference, other))
     if [line["step"] for line in one] != [line["step"] for line in two]:
         found.append(f"metrics: lines of steps {[line['step'] for line in two]}")
-    for expected, line in zip(one, two, strict=False):
+    for expected, line in zip(one, two, strict=False) if exact else ():
         if keys := sorted(k for k in expected.keys() | line.keys() if expected.get(k) != line.get(k)):
             found.append(f"metrics of step {line['step']}: {', '.join(keys[:3])} ({len(keys)} in all)")
     for pattern in ("rollouts/*", "evaluations/*", "model/*.safetensors"):
@@ -89,13 +107,25 @@ def differences(reference: Path, other: Path) -> list[str]:
         if expected != names:
             found.append(f"{pattern}: {sorted(map(str, expected ^ names))} only in one of them")
         both = sorted(expected & names)
-        found += [str(name) for name in both if (reference / name).read_bytes() != (other / name).read_bytes()]
+        if exact:
+            found += [str(name) for name in both if (reference / name).read_bytes() != (other / name).read_bytes()]
     if _prompts(reference) != _prompts(other):
         found.append("prompts were lost, repeated or drawn in another order")
     if _cursor(reference) != _cursor(other):
         found.append("the data cursor")
     found += [f"left behind: {path}" for path in other.rglob(".writing_*")]
     found += [f"left behind: {path}" for path in other.rglob("*.partial")]
+    return found
+
+
+def amiss(directory: Path, oldest: int) -> list[str]:
+    """What must not be in the metrics of any run: samples more than so many updates old, a server that was lost."""
+    found: list[str] = []
+    for line in read_jsonl(directory / "metrics.jsonl"):
+        if (age := line.get("rollout/staleness_max", 0)) > oldest:
+            found.append(f"step {line['step']}: samples {age:.0f} updates old")
+        if line.get("engine/lost"):
+            found.append(f"step {line['step']}: a server was lost")
     return found
 
 
@@ -106,9 +136,10 @@ def _lines(path: Path) -> list[dict[str, float]]:
     ]
 
 
-def _prompts(path: Path) -> list[list[str]]:
-    """By step, in order."""
-    return [[row["prompt"]["id"] for row in read_jsonl(p)] for p in sorted((path / "rollouts").glob("step_*.jsonl"))]
+def _prompts(path: Path) -> list[list[tuple[str, int]]]:
+    """By step, in order, each with the number of its samples."""
+    files = sorted((path / "rollouts").glob("step_*.jsonl"))
+    return [[(row["prompt"]["id"], len(row["trajectories"])) for row in read_jsonl(p)] for p in files]
 
 
 def _cursor(path: Path) -> Any:
@@ -122,19 +153,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _left(mark: str) -> int:
+def _left(folder: Path) -> int:
     """Processes of a run that are still there, two seconds after its end."""
     deadline = time.monotonic() + 2
-    while (count := _marked(mark)) and time.monotonic() < deadline:
+    while (count := _marked(folder)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return count
 
 
-def _marked(mark: str) -> int:
-    wanted, count = f"{MARK}={mark}".encode(), 0
+def _marked(folder: Path) -> int:
+    """By the mark, or by a log in the folder: processes of a server overwrite their environment with their title."""
+    wanted, count = f"{MARK}={folder}".encode(), 0
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            count += wanted in (process / "environ").read_bytes().split(b"\0")
+            marked = wanted in (process / "environ").read_bytes().split(b"\0")
+            count += marked or (process / "fd/1").readlink().is_relative_to(folder)
         except OSError:
             continue  # it has ended, or is somebody else's
     return count
@@ -164,19 +197,25 @@ def table(faults: Sequence[dict[str, Any]], by: str) -> str:
 def soak(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Runs until there were enough kills, or the time is up."""
     deadline, reference = time.monotonic() + 60 * options.minutes, dict[int, Path]()
+    engine, settings = options.engine, settings_of(options)
+    seconds = options.seconds or (6.0 if engine == "local" else 45.0)
     runs: list[dict[str, Any]] = []
     while sum(len(r["faults"]) for r in runs) < options.kills and time.monotonic() < deadline:
         number, ranks = len(runs), options.ranks[len(runs) % len(options.ranks)]
         if ranks not in reference:
-            whole = run(scratch / f"reference-{ranks}", ranks, [], False, SETTINGS)
+            whole = run(scratch / f"reference-{ranks}", ranks, [], False, settings)
             if whole["status"] != 0:
                 raise SystemExit(f"the run without faults failed:\n{whole['output'][-3000:]}")
             reference[ranks] = whole["directory"]
         draw = random.Random(f"{options.seed}/{number}")
         static = number % 3 == 2  # torchrun's plain rendezvous, which is the default, and else --standalone's
-        faults = matrix(ranks) if options.matrix else plan(draw, ranks, options.faults, options.seconds)
-        one = run(scratch / f"run-{number}", ranks, faults, static, SETTINGS)
-        found = differences(reference[ranks], one["directory"]) if one["status"] == 0 else [one["output"][-3000:]]
+        faults = matrix(ranks, engine) if options.matrix else plan(draw, ranks, options.faults, seconds, engine)
+        one = run(scratch / f"run-{number}", ranks, faults, static, settings)
+        found = [one["output"][-3000:]]
+        if one["status"] == 0:
+            found = differences(reference[ranks], one["directory"], exact=engine == "local")
+            found += amiss(one["directory"], oldest=int(options.mode == "async"))
+        found += [f"left behind: {path}" for path in one["copies"]]
         if one["processes"]:
             found.append(f"{one['processes']} processes left")
         if extra := len([p for p in one["directory"].parent.iterdir() if p.name != "latest"]) - 1:
@@ -187,11 +226,19 @@ def soak(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return {"runs": runs, "faults": [fault for each in runs for fault in each["faults"]]}
 
 
+def settings_of(options: argparse.Namespace) -> tuple[str, ...]:
+    if options.engine == "local":
+        return SETTINGS
+    return SETTINGS + SERVERS + (AHEAD if options.mode == "async" else ())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=54, help="no new run is begun after so many")
     parser.add_argument("--faults", type=int, default=6, help="planned for each run")
-    parser.add_argument("--seconds", type=float, default=6.0, help="random times lie within, after the imports")
+    parser.add_argument("--engine", choices=("local", "sglang"), default="local")
+    parser.add_argument("--mode", choices=("sync", "async"), default="sync", help="sglang: rollout.mode")
+    parser.add_argument("--seconds", type=float, help="random times lie within, after the imports; 6, with servers 45")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="runs take turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--matrix", action="store_true", help="every point in turn, in one run, instead of random ones")
@@ -206,7 +253,7 @@ def main() -> int:
         "benchmark": "crash soak",
         "date": date,
         "command": shlex.join(["python", "-m", "benchmarks.crash_soak", *sys.argv[1:]]),
-        "settings": SETTINGS,
+        "settings": settings_of(options),
         "device": machine(torch.device("cpu")),
         "load": [before, load_average()],
         "minutes": round((time.monotonic() - began) / 60, 1),

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 RANK = int(os.environ.get("RANK", "0"))
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+SGLANG = "mel_fast.rollout.sglang"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,17 @@ class Point:
     calls: int  # of a whole attempt, roughly: up to this many are waited for
     every_rank: bool = False
     path: str = ""  # only calls for a path with this in its name
+    engine: str = ""  # only with this one
 
 
 POINTS = {
     "setup": Point("mel_fast.setup", "load_policy", 1, every_rank=True),
     "resume: checkpoint read": Point("mel_fast.setup", "load_checkpoint", 1, every_rank=True),
     "resume: metrics rewritten": Point("pathlib", "Path.replace", 1, path=".writing_metrics.jsonl"),
-    "decoding": Point("mel_fast.rollout.local", "sample", 250),
+    "decoding": Point("mel_fast.rollout.local", "sample", 250, engine="local"),
+    "server starts": Point(f"{SGLANG}.client", "Client.healthy", 1, engine="sglang"),
+    "server's first weights": Point(f"{SGLANG}.publisher", "Publisher.restore", 1, engine="sglang"),
+    "generation": Point(f"{SGLANG}.client", "Client.generate", 250, engine="sglang"),
     "verification": Point("mel_fast.verify", "Verifier.score", 40),
     "reflection": Point("mel_fast.experience", "Collector._reflect", 16),
     "replay": Point("mel_fast.experience", "Collector._replay", 16),
@@ -64,6 +69,9 @@ POINTS = {
     "backward": Point("torch", "Tensor.backward", 4, every_rank=True),
     "optimizer step": Point("torch.optim", "AdamW.step", 4, every_rank=True),
     "publication": Point("mel_fast.weights", "full_weights", 5, every_rank=True),
+    "publication: servers paused": Point(f"{SGLANG}.transport", "Copy.add", 5, engine="sglang"),
+    "publication: files sent": Point(f"{SGLANG}.publisher", "send_files", 5, engine="sglang"),
+    "publication: servers go on": Point(f"{SGLANG}.publisher", "Publisher._end", 5, engine="sglang"),
     "metrics line": Point("mel_fast.telemetry", "Metrics.write", 4),
     "evaluation": Point("mel_fast.run", "evaluate", 2),
     "checkpoint: tensors": Point("torch.distributed.checkpoint.filesystem", "_write_item", 60, every_rank=True),
@@ -72,14 +80,21 @@ POINTS = {
     "checkpoint: removal": Point("mel_fast.checkpoint", "shutil.rmtree", 1, path=".writing_step"),
     "export": Point("mel_fast.run", "export_model", 1, every_rank=True),
     "report": Point("mel_fast.run", "write_report", 1),
+    "servers end": Point(f"{SGLANG}.process", "ServerProcess.stop", 1, engine="sglang"),
 }
+LAST = ("export", "report", "servers end")  # in this order: what ends a run
 
 
-def plan(random_: random.Random, ranks: int, length: int, seconds: float) -> list[Fault]:
+def points(engine: str) -> dict[str, Point]:
+    """Those that a run with this engine passes."""
+    return {name: point for name, point in POINTS.items() if point.engine in ("", engine)}
+
+
+def plan(random_: random.Random, ranks: int, length: int, seconds: float, engine: str) -> list[Fault]:
     """Half of the faults at a point, the others at any time within so many seconds."""
     faults: list[Fault] = []
     for attempt in range(length):
-        names = [name for name in POINTS if attempt > 0 or not name.startswith("resume")]
+        names = [name for name in points(engine) if attempt > 0 or not name.startswith("resume")]
         name = random_.choice(["time"] * len(names) + names)
         anyone = name == "time" or POINTS[name].every_rank
         rank = random_.randrange(ranks) if anyone else 0
@@ -88,17 +103,17 @@ def plan(random_: random.Random, ranks: int, length: int, seconds: float) -> lis
     return faults
 
 
-def matrix(ranks: int) -> list[Fault]:
+def matrix(ranks: int, engine: str) -> list[Fault]:
     """Every point once on rank 0, and once more on another rank where others pass it, too, each at its first call: so
     the run gets no further than it must, and the next fault finds work left. What ends a run comes last."""
-    last = ("export", "report")
-    begun = [name for name in POINTS if not name.startswith("resume") and name not in last]
-    resumed = [name for name in POINTS if name.startswith("resume")]  # there is a checkpoint behind the evaluation
+    names = points(engine)
+    begun = [name for name in names if not name.startswith("resume") and name not in LAST]
+    resumed = [name for name in names if name.startswith("resume")]  # there is a checkpoint behind the evaluation
     other = range(1, min(ranks, 2))
     faults = [Fault(0, name, 1) for name in (*begun, *resumed)]
     faults += [Fault(rank, name, 1) for name in (*begun, *resumed) for rank in other if POINTS[name].every_rank]
     faults += [Fault(rank, "export", 1) for rank in (0, *other)]
-    return [*faults, Fault(0, "report", 1)]
+    return [*faults, *(Fault(0, name, 1) for name in LAST[1:] if name in names)]
 
 
 class Trial:
@@ -148,7 +163,7 @@ class Trial:
 
     def _strike_at_last(self, *_: Any) -> None:
         """The steps are done, and what the fault waited for has not come: no attempt but the last is spared."""
-        if self.fault is not None and self.fault.point not in ("export", "report"):
+        if self.fault is not None and self.fault.point not in LAST:
             self.strike()
 
     def _half_done(self, arguments: tuple[Any, ...]) -> None:

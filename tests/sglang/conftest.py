@@ -63,7 +63,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, settings: dict[str, Any]) -
         arguments=("--max-running-requests", "32"),
         health_every_s=1.0,
         hang_after_s=8.0,
-        max_restarts=3,
+        max_restarts=9,
     )
     folder = tmp_path_factory.mktemp("run")
     with SGLangEngine(config, launched(config, settings, folder, 2), folder=folder, **settings) as engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -73,35 +73,40 @@ def test_when_all_servers_are_killed_the_work_waits_for_them_and_goes_on(
 ) -> None:
     sessions = long_sessions()
 
-    def kill_both() -> None:
-        kill(engine, 0)
-        kill(engine, 1)
-
-    assert_all_done_by(model, sessions, while_generating(engine, sessions, kill_both))
+    assert_all_done_by(model, sessions, while_generating(engine, sessions, lambda: kill(engine, 0, 1)))
     assert engine.take_metrics()["engine/lost"] == 2
 
 
-def test_a_server_killed_during_a_publication_by_group_does_not_keep_the_other_from_the_new_weights(
-    engine: SGLangEngine, model: PreTrainedModel, attach: Attach, tokenizer: PreTrainedTokenizerBase
+@pytest.mark.parametrize("way", ["disk", "tensor", "group"])
+def test_a_server_killed_during_a_publication_keeps_nobody_from_the_new_weights_and_gets_the_newest_later(
+    engine: SGLangEngine,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
 ) -> None:
-    attached = attach(servers=2, weights="group", start_timeout_s=3, max_restarts=1)
-    attached.load(weights(model), 6)  # through a group of both
+    monkeypatch.setattr(engine.publisher, "config", engine.config.model_copy(update={"weights": way}))
+    engine.load(weights(model), 6)  # a group is there already
     new = policy(tokenizer, 7)
 
     def dying() -> Iterator[tuple[str, Tensor]]:
-        kill(engine, 1)
+        """The server has begun with the publication; then it takes its part of it no further, and ends."""
+        os.killpg(engine.processes[1].pid, signal.SIGSTOP)
+        threading.Timer(1, kill, [engine, 1]).start()
         yield from weights(new)
 
-    attached.load(dying(), 7)
-    asked = [[request] for request in requests(4)]
-    done = generate(attached, *asked)
-    assert_sampled_by(new, [one for [one] in asked], [one for [one] in done])
-    assert {version for [one] in done for version, _ in one.versions} == {7}
-    wait_until(lambda: attached.servers[1].gone.is_set())
-    attached.load(weights(model), 8)  # through a group of those that are left
-    done = generate(attached, *asked)
-    assert_sampled_by(model, [one for [one] in asked], [one for [one] in done])
-    assert attached.take_metrics()["engine/servers"] == 1
+    sessions = [[request] for request in requests(4)]
+    engine.load(dying(), 7)
+    assert_all_done_by(new, sessions, generate(engine, *sessions), version=7)
+    engine.load(weights(model), 8)
+    assert ready(engine) == 1, "the work waited for the restart"
+    assert_all_done_by(model, sessions, generate(engine, *sessions), version=8)
+    wait_until(lambda: ready(engine) == 2)
+    assert engine.take_metrics()["engine/lost"] == (2 if way == "group" else 1), "one that is lost breaks the group"
+    assert_all_done_by(model, sessions, generate(engine, *sessions), version=8)
+    engine.load(weights(new), 9)
+    assert_all_done_by(new, sessions, generate(engine, *sessions), version=9)
+    engine.publisher.leave()
 
 
 def test_a_broken_connection_is_tried_again(engine: SGLangEngine, model: PreTrainedModel, attach: Attach) -> None:
@@ -136,8 +141,14 @@ def test_an_attached_server_that_was_restarted_gets_the_newest_weights_before_it
 
 def test_when_servers_are_lost_too_often_the_run_ends_and_says_why(engine: SGLangEngine) -> None:
     wait_until(lambda: ready(engine) == 2)
-    with pytest.raises(EngineError, match=r"no rollout server is left; server 0: lost 4 times.*its process ended"):
-        while_generating(engine, long_sessions(), lambda: kill_until_gone(engine))
+    for server in engine.servers:
+        server.config = server.config.model_copy(update={"max_restarts": server.losses})
+    times = engine.servers[0].losses + 1
+
+    with pytest.raises(
+        EngineError, match=rf"no rollout server is left; server 0: lost {times} times.*its process ended"
+    ):
+        while_generating(engine, long_sessions(), lambda: kill(engine, 0, 1))
 
 
 def long_sessions() -> list[list[Request]]:
@@ -164,13 +175,6 @@ def ready(engine: SGLangEngine) -> int:
     return sum(server.ready.is_set() for server in engine.servers)
 
 
-def kill(engine: SGLangEngine, index: int) -> None:
-    os.killpg(engine.processes[index].pid, signal.SIGKILL)
-
-
-def kill_until_gone(engine: SGLangEngine) -> None:
-    while not all(server.gone.is_set() for server in engine.servers):
-        for index, server in enumerate(engine.servers):
-            if server.ready.is_set():
-                kill(engine, index)
-        time.sleep(0.1)
+def kill(engine: SGLangEngine, *indices: int) -> None:
+    for index in indices:
+        os.killpg(engine.processes[index].pid, signal.SIGKILL)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.crash_soak import amiss, differences, run
+from benchmarks.crash_trial import Fault
 from mel_fast.dumps import load_episodes, read_jsonl
 from mel_fast.train import main
 from mel_fast.types import Episode
@@ -74,33 +76,37 @@ def test_every_token_names_the_weights_that_sampled_it(whole: Path) -> None:
             assert trajectory.versions == [(step, len(trajectory.output_ids))]
 
 
-def test_async_trains_on_tokens_one_update_old_at_most(whole: Path, tmp_path: Path) -> None:
-    """Killed in the middle and resumed: the same prompts in the same steps as any other run, none twice."""
-    process = start(tmp_path, *ASYNC)
-    run = tmp_path / "latest"
-    wait_for_steps(run, 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert main(["--resume", str(run)]) == 0
-    steps = steps_of(run)
+def test_async_trains_on_tokens_one_update_old_at_most_also_when_torchrun_has_to_bring_it_back(
+    whole: Path, tmp_path: Path
+) -> None:
+    """Killed while it publishes weights, with the next step's samples under way: the same prompts in the same steps as
+    any other run, none twice; and no server, nor weights for it, outlives the run."""
+    publishing = Fault(0, "publication: files sent", 4)  # in the third step
+    done = run(tmp_path / "struck", 1, [publishing], True, [*COMMON, *ASYNC])
+    assert done["status"] == 0, done["output"][-3000:]
+    assert [line["event"] for line in done["log"]] == ["collect", "kill", "collect"]
+    assert "going on after step 2" in done["output"]
+    assert differences(whole, done["directory"], exact=False) == []
+    assert amiss(done["directory"], oldest=1) == []
+    assert (done["processes"], done["copies"]) == (0, [])
+    steps = steps_of(done["directory"])
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert max(line["rollout/staleness_max"] for line in steps) == 1.0
     assert all("policy/tis" in line and line["policy/rollout_gap"] < 0.1 for line in steps)
-    assert prompts_of(run) == prompts_of(whole)
 
 
 def test_a_server_killed_in_mid_step_costs_nothing_but_time(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "--rollout.sglang.servers=2")
-    run = tmp_path / "latest"
-    wait_for_steps(run, 2, process)
+    directory = tmp_path / "latest"
+    wait_for_steps(directory, 2, process)
     keepers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "keeper.py"], capture_output=True, text=True)
     first, _ = map(int, keepers.stdout.split())
     os.killpg(first, signal.SIGKILL)
     assert process.wait(300) == 0
-    steps = steps_of(run)
+    steps = steps_of(directory)
     assert sum(line["engine/lost"] for line in steps) == 1
-    assert prompts_of(run) == prompts_of(whole)
-    assert all(len(episode.trajectories) == 8 for step in episodes_of(run) for episode in step)
+    assert prompts_of(directory) == prompts_of(whole)
+    assert all(len(episode.trajectories) == 8 for step in episodes_of(directory) for episode in step)
     assert all(line["rollout/staleness_max"] == 0 and line["policy/rollout_gap_max"] < 1e-3 for line in steps)
 
 

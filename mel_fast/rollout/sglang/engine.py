@@ -28,7 +28,7 @@ from mel_fast.rollout.sglang.config import SGLangConfig
 from mel_fast.rollout.sglang.process import ServerProcess
 from mel_fast.rollout.sglang.publisher import Publisher
 from mel_fast.rollout.sglang.server import Server, ServerLost, epitaph
-from mel_fast.rollout.sglang.transport import Copy, choose_root
+from mel_fast.rollout.sglang.transport import Copy, choose_parent
 from mel_fast.types import Completion, Request
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class SGLangEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
         keeps_copy = config.weights == "disk" or config.recovery_copy
-        copy = Copy(choose_root(config.weights_folder, folder, model_bytes)) if keeps_copy else None
+        copy = Copy(choose_parent(config.weights_folder, folder, model_bytes)) if keeps_copy else None
         self.publisher = Publisher(self.servers, config, model_path, dtype, copy, self._call)
 
     def __enter__(self) -> SGLangEngine:

@@ -7,15 +7,16 @@ what a lost server is restored from.
 from __future__ import annotations
 
 import base64
+import fcntl
 import io
-import os
 import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from mel_fast.rollout.sglang.client import Client
 
 Bucket = list[tuple[str, Tensor]]
 SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "mel_fast-"
+PREFIX, OWNER = "mel_fast-", "owner"
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, size: int) -> Iterator[tuple[Bucket, bool]]:
@@ -52,11 +53,14 @@ class Copy:
     """The newest weights as safetensors, one file for each bucket, in a folder for each version.
 
     Args:
-        root: where; it is made, and removed by `close`.
+        parent: of its own fresh folder, which `close` removes. Those that killed runs have left there go first.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, parent: Path) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_ownerless(parent)
+        self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._owner = _own(self.root)
         self.path: Path | None = None  # of the newest whole copy
         self._writing: Path | None = None
 
@@ -83,7 +87,7 @@ class Copy:
 
     def drop_older(self) -> None:
         for folder in self.root.iterdir():
-            if folder != self.path:
+            if folder.is_dir() and folder != self.path:
                 shutil.rmtree(folder)
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
@@ -95,25 +99,37 @@ class Copy:
 
     def close(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+        self._owner.close()
 
 
-def choose_root(named: str | None, run_folder: Path, model_bytes: int) -> Path:
-    """A fresh folder: in the one named, else in shared memory when two copies fit there, else beside the run's files.
-
-    Folders that killed runs have left in shared memory are removed first.
-    """
+def choose_parent(named: str | None, run_folder: Path, model_bytes: int) -> Path:
+    """The folder named, else shared memory when two copies fit there, else beside the run's files."""
     if named is not None:
-        Path(named).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=PREFIX, dir=named))
+        return Path(named)
     if SHARED_MEMORY.is_dir():
-        for left in SHARED_MEMORY.glob(f"{PREFIX}*-*"):
-            owner = left.name.removeprefix(PREFIX).partition("-")[0]
-            if owner.isdigit() and not Path("/proc", owner).exists():
-                shutil.rmtree(left, ignore_errors=True)  # ignored: it may be another user's
+        _remove_ownerless(SHARED_MEMORY)  # before its room is measured
         if shutil.disk_usage(SHARED_MEMORY).free > 2.2 * model_bytes:
-            return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=SHARED_MEMORY))
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="weights-", dir=run_folder))
+            return SHARED_MEMORY
+    return run_folder
+
+
+def _own(folder: Path) -> IO[bytes]:
+    """Holds a lock in the folder, which the system gives up when this process has ended, however that was.
+
+    A process number would not do: whoever shares the folder from another host or container could not ask for it.
+    """
+    file = (folder / f"new-{OWNER}").open("wb")
+    with suppress(OSError):  # a file system without locks: then nobody takes the folder for left
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Path(file.name).rename(folder / OWNER)  # only now: a file of that name that is not locked has no owner
+    return file
+
+
+def _remove_ownerless(parent: Path) -> None:
+    for file in parent.glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError), file.open("rb+") as lock:  # it is locked, another user's, or gone meanwhile
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(file.parent)
 
 
 async def send_files(client: Client, folder: Path, version: int, timeout_s: float) -> None:
