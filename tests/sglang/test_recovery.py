@@ -109,6 +109,19 @@ def test_a_server_killed_during_a_publication_keeps_nobody_from_the_new_weights_
     engine.publisher.leave()
 
 
+def test_a_server_that_a_killed_run_has_left_in_mid_publication_is_of_use_to_the_next(
+    engine: SGLangEngine, model: PreTrainedModel, attach: Attach, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    left = engine.servers[0].client
+    engine._call(left.post("/pause_generation", 30, mode="retract"))
+    engine._call(left.post("/begin_weight_update", 30))
+    attached = attach(weights="tensor", recovery_copy=False)
+    new, asked = policy(tokenizer, 6), requests(2)
+    attached.load(weights(new), 6)
+    assert_sampled_by(new, asked, generate(attached, asked)[0])
+    assert attached.take_metrics()["engine/lost"] == 0
+
+
 def test_a_broken_connection_is_tried_again(engine: SGLangEngine, model: PreTrainedModel, attach: Attach) -> None:
     with Forwarder(engine.processes[0].url) as line:
         attached = attach(urls=[line.url])

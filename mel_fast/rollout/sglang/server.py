@@ -78,7 +78,9 @@ class Server:
             self.client.url = self.process.url
         else:
             with suppress(aiohttp.ClientError, OSError):  # it is not up yet
-                await self.client.post("/continue_generation", 30)  # a run that was killed may have left it paused
+                await self.client.post("/continue_generation", 30)  # a run that was killed may have left it paused,
+                with suppress(EngineError):  # or in the middle of an update; if not, it says no
+                    await self.client.post("/end_weight_update", 30)
         patience = self.config.start_timeout_s
         if not await self.client.healthy(patience, self._alive):
             ended = DEAD if not self._alive() else f"no answer for {patience:.0f} s"
