@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 from mel_fast.types import MetaExperience
 
@@ -82,7 +81,7 @@ def _shared(one: Sequence[object], other: Sequence[object]) -> int:
 def _quoted(memo: str, text: str, how: str) -> Place | None:
     """The longest quotation that stands in the text, whatever its white space."""
     quotations = ["".join(filter(None, groups)).strip(" .,;:") for groups in QUOTED.findall(memo)]
-    for quotation in sorted(filter(None, quotations), key=len, reverse=True):
+    for quotation in sorted(dict.fromkeys(filter(None, quotations)), key=len, reverse=True):
         pattern = r"\s+".join(map(re.escape, quotation.split()))
         whole = (
             (r"(?<!\w)" if quotation[0].isalnum() else "") + pattern + (r"(?!\w)" if quotation[-1].isalnum() else "")
@@ -129,13 +128,56 @@ def _number(word: str) -> int:
 
 def _repeated(memo: str, text: str) -> Place | None:
     """The longest run of words that s* has in common with the text."""
-    said, words = WORD.findall(memo.lower()), list(WORD.finditer(text))
-    matcher = SequenceMatcher(None, said, [word.group().lower() for word in words], autojunk=False)
-    run = matcher.find_longest_match()
-    telling = sum(len(word) > 3 or word.isdigit() for word in said[run.a : run.a + run.size])
-    if run.size < SHORTEST_RUN or telling < (2 if run.size == SHORTEST_RUN else 1):
+    words = list(WORD.finditer(text))
+    start, size = _common_run(WORD.findall(memo.lower()), [word.group().lower() for word in words])
+    run = words[start : start + size]
+    telling = sum(len(word.group()) > 3 or word.group().isdigit() for word in run)
+    if size < SHORTEST_RUN or telling < (2 if size == SHORTEST_RUN else 1):
         return None
-    return Place(words[run.b].start(), words[run.b + run.size - 1].end(), "repeated in s*")
+    return Place(run[0].start(), run[-1].end(), "repeated in s*")
+
+
+def _common_run(said: Sequence[str], words: Sequence[str]) -> tuple[int, int]:
+    """Start and length of the first of the longest runs of `words` that stand in `said` too.
+
+    By a suffix automaton of `said` (Blumer et al. 1985), in linear time: where a model loops, every word is every
+    other, and comparing their places takes for ever.
+    """
+    nexts: list[dict[str, int]] = [{}]  # state -> word -> state; each stands for runs that end at the same places
+    links, longest = [-1], [0]  # to the state of their shorter ends; the length of the longest of them
+    last = 0
+    for word in said:
+        new, back = len(nexts), last
+        nexts.append({})
+        links.append(0)
+        longest.append(longest[last] + 1)
+        while back >= 0 and word not in nexts[back]:
+            nexts[back][word] = new
+            back = links[back]
+        if back >= 0:
+            known = nexts[back][word]
+            if longest[known] > longest[back] + 1:  # its shorter runs now end at one place more: a state of their own
+                nexts.append(dict(nexts[known]))
+                links.append(links[known])
+                longest.append(longest[back] + 1)
+                links[known] = short = len(nexts) - 1
+                while back >= 0 and nexts[back].get(word) == known:
+                    nexts[back][word] = short
+                    back = links[back]
+                known = short
+            links[new] = known
+        last = new
+    state = size = start = best = 0
+    for place, word in enumerate(words):
+        while state and word not in nexts[state]:
+            state = links[state]
+            size = longest[state]
+        if word in nexts[state]:
+            state = nexts[state][word]
+            size += 1
+        if size > best:
+            start, best = place + 1 - size, size
+    return start, best
 
 
 def _contrasted(memo: str, text: str, right: str) -> Place | None:

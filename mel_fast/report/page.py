@@ -28,7 +28,7 @@ def page(title: str, data: Mapping[str, Any]) -> str:
     blocks = "\n".join(_data(name, value) for name, value in data.items())
     modules = {f"report/{name}": _url(name) for name in MODULES}
     code = {
-        "title": html.escape(title),
+        "title": _text(html.escape(title)).decode(),
         "styles": "\n".join(_asset(name) for name in STYLES),
         "library": _asset(LIBRARY),
         "modules": json.dumps({"imports": modules}),
@@ -50,5 +50,12 @@ def _url(module: str) -> str:
 
 
 def _data(name: str, value: Any) -> str:
-    packed = gzip.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), mtime=0)
+    packed = gzip.compress(
+        _text(json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)), mtime=0
+    )
     return f'<script type="application/gzip" id="data-{name}">{base64.b64encode(packed).decode()}</script>'
+
+
+def _text(text: str) -> bytes:
+    """UTF-8, with a question mark for what is no text: half a surrogate pair, as in a path that is not UTF-8."""
+    return text.encode("utf-8", errors="replace")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mel_fast.report.locate import bifurcation, first_difference
 from mel_fast.types import MetaExperience
@@ -82,3 +84,25 @@ def test_one_solution_may_be_the_beginning_of_the_other() -> None:
     assert places is not None
     assert [(p.start, p.end) for p in places] == [(2, 2), (2, 3)]
     assert first_difference(([1], "same"), ([1], "same"), None) is None
+
+
+FEW = st.lists(st.sampled_from(["alpha", "betas", "gamma"]), max_size=12)
+
+
+@given(FEW, FEW)
+def test_the_longest_passage_that_is_repeated_is_found(said: list[str], words: list[str]) -> None:
+    runs = [
+        (start, start + size)
+        for size in range(len(words), 2, -1)
+        for start in range(len(words) - size + 1)
+        if any(said[i : i + size] == words[start : start + size] for i in range(len(said) - size + 1))
+    ]
+    expected = (" ".join(words[slice(*runs[0])]), "repeated in s*") if runs else None
+    place = found(" ".join(said), wrong=" ".join(words), right=" ".join(words))
+    assert place == expected
+
+
+def test_a_model_that_loops_does_not_keep_a_report_waiting() -> None:
+    """When every word stands everywhere, comparing all places of all words would take hours."""
+    loop = "carry the two and " * 50_000
+    assert found(loop, wrong=loop[3:], right="short") == (loop[6:].rstrip(), "repeated in s*")

@@ -23,10 +23,15 @@ export function figure(value, digits = 3) {
 }
 
 /** A labelled <select> over strings, of which one may be empty; `on` gets the chosen one, or null for all. */
-export function choice(label, values, on, names = {}) {
+export function choice(label, values, on, names = { __proto__: null }) {
   const options = values.map((value, i) => h("option", { value: String(i) }, names[value] ?? (value || "(none)")));
   const change = (event) => on(event.target.value === "" ? null : values[Number(event.target.value)]);
   return h("label.choice", {}, label, h("select", { onchange: change }, h("option", { value: "" }, "all"), options));
+}
+
+/** What there is of the parts, with dots between them. A part that turns the direction of writing turns no other. */
+export function dotted(parts) {
+  return parts.filter(Boolean).flatMap((part, i) => [i ? " · " : null, h("bdi", {}, part)]);
 }
 
 export function plural(count, word) {

@@ -1,6 +1,6 @@
 // Each meta-experience with the two solutions it contrasts.
 import { load } from "report/data";
-import { figure as format, h } from "report/dom";
+import { dotted, figure as format, h } from "report/dom";
 import { found } from "report/marks";
 import { viewer } from "report/viewer";
 
@@ -37,10 +37,10 @@ export async function experiences() {
     keys: Array.from({ length: count }, (_, i) => key(i)),
     steps: table.step,
     filters: [
-      { label: "verdict", values: table.status, names: {} },
-      { label: "reason", values: table.reason, names: { "": "well-formed" } },
-      { label: "family", values: table.family, names: {} },
-      { label: "run", values: names, names: {} },
+      { label: "verdict", values: table.status },
+      { label: "reason", values: table.reason, names: { __proto__: null, "": "well-formed" } },
+      { label: "family", values: table.family },
+      { label: "run", values: names },
     ],
     notes: table.notes,
     empty: "No meta-experience was dumped: MEL was off, telemetry.dump_rollouts was false, or no group had a contrast.",
@@ -59,7 +59,7 @@ function detail(x, run, several, words, { groups, curve, others }) {
   const split = x.bifurcation ? { ...x.bifurcation, kind: "bifurcation", title: `bifurcation point: ${x.bifurcation.how}` } : null;
   return h("div.experience", {},
     h("h2", {}, h(`i.${x.status}`, {}, VERDICTS[x.status === "kept" && !x.replay?.correct ? "unproven" : x.status], x.reason ? ` (${x.reason})` : ""), ` step ${x.step} · ${x.id}`),
-    h("p.meta", {}, [several ? run : "", x.family ? `family ${x.family}` : "", `NLL of M when written ${format(x.nll)} nats per token, ${x.reflection.tokens} tokens`].filter(Boolean).join(" · "),
+    h("p.meta", {}, dotted([several ? run : "", x.family ? `family ${x.family}` : "", `NLL of M when written ${format(x.nll)} nats per token, ${x.reflection.tokens} tokens`]),
       groups.has(group) ? [" · ", h("a", { href: `#rollout=${encodeURIComponent(group)}` }, "all responses of this group")] : null),
     h("h3", {}, "Question"), found(x.question, words),
     h("p.meta", {}, "gold answer: ", h("code", {}, x.answer)),
@@ -88,9 +88,9 @@ function over({ near, left }) {
 }
 
 function solution(title, s, marks, words) {
-  const facts = [s.index === null ? "" : `response ${s.index + 1}`, `reward ${format(s.reward)}`, `${s.tokens} tokens`, s.finish === "stop" ? "" : `ended by ${s.finish}`, s.reason].filter(Boolean);
+  const facts = [s.index === null ? "" : `response ${s.index + 1}`, `reward ${format(s.reward)}`, `${s.tokens} tokens`, s.finish === "stop" ? "" : `ended by ${s.finish}`, s.reason];
   return h("section.solution", {}, title ? h("h3", {}, title) : null,
-    h("p.meta", {}, h(`i.${s.correct ? "right" : "wrong"}`, {}, s.correct ? "right" : "wrong"), " ", facts.join(" · ")), found(s.text, words, marks));
+    h("p.meta", {}, h(`i.${s.correct ? "right" : "wrong"}`, {}, s.correct ? "right" : "wrong"), " ", dotted(facts)), found(s.text, words, marks));
 }
 
 function located(x) {

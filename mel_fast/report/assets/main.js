@@ -5,6 +5,7 @@ import { overview } from "report/overview";
 import { rollouts } from "report/rollouts";
 
 const VIEWS = {
+  __proto__: null,
   charts: { title: "Charts", make: overview },
   experience: { title: "Meta-experiences", make: experiences },
   rollout: { title: "Rollouts", make: rollouts },

@@ -1,6 +1,8 @@
 // Texts with marked spans, which may overlap.
 import { h } from "report/dom";
 
+const MOST = 1000; // hits that are marked in a text: a letter may stand everywhere
+
 /** `marks`: [{start, end, kind, title}] in UTF-16 units. A mark of no length is drawn as a caret. */
 export function marked(text, marks) {
   const cuts = new Set([0, text.length]);
@@ -26,7 +28,7 @@ export function found(text, words, marks = []) {
   const low = text.toLowerCase();
   const hits = [];
   // Where lower-casing changes lengths the places would be off, so nothing is marked there.
-  for (let at = low.length === text.length ? low.indexOf(words) : -1; at >= 0; at = low.indexOf(words, at + words.length)) {
+  for (let at = low.length === text.length ? low.indexOf(words) : -1; at >= 0 && hits.length < MOST; at = low.indexOf(words, at + words.length)) {
     hits.push({ start: at, end: at + words.length, kind: "hit", title: "search" });
   }
   return marked(text, [...marks, ...hits]);

@@ -3,7 +3,7 @@ import { load } from "report/data";
 import { bars, legend, lines } from "report/charts";
 import { figure as format, h, plural } from "report/dom";
 
-const CALLED = { cache: "Prefix cache", saved: "Saved work", balance: "Balance", data: "Data", perf: "Throughput" };
+const CALLED = { __proto__: null, cache: "Prefix cache", saved: "Saved work", balance: "Balance", data: "Data", perf: "Throughput" };
 
 export async function overview() {
   const data = await load("overview");

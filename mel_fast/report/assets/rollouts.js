@@ -1,6 +1,6 @@
 // The groups of a step: rewards and advantages, and the tokens of a response coloured by what the policy thought of them.
 import { load } from "report/data";
-import { figure as format, h } from "report/dom";
+import { dotted, figure as format, h } from "report/dom";
 import { viewer } from "report/viewer";
 
 const MODES = {
@@ -31,9 +31,9 @@ export async function rollouts() {
     keys,
     steps: table.step,
     filters: [
-      { label: "outcome", values: outcome, names: {} },
-      { label: "family", values: table.family, names: {} },
-      { label: "run", values: names, names: {} },
+      { label: "outcome", values: outcome },
+      { label: "family", values: table.family },
+      { label: "run", values: names },
     ],
     notes: table.notes,
     empty: "No rollouts were dumped (telemetry.dump_rollouts was false), or none are embedded (--rollout-steps).",
@@ -57,7 +57,7 @@ function detail(group, vocabulary, run) {
     h("td", {}, format(response.advantage)),
     h("td", {}, `${response.ids.length}`),
     h("td", {}, response.logp.length ? format(response.logp.reduce((a, b) => a + b, 0) / response.logp.length / 100) : "–"),
-    h("td", {}, [response.finish, response.reason, response.coefficient === 0 && response.advantage ? "masked: no gradient" : ""].filter(Boolean).join(" · "))));
+    h("td", {}, dotted([response.finish, response.reason, response.coefficient === 0 && response.advantage ? "masked: no gradient" : ""]))));
   let chosen = 0;
   const show = (i) => {
     chosen = i;
@@ -73,7 +73,7 @@ function detail(group, vocabulary, run) {
   const explained = h("p.meta", {}, EXPLAINED[mode]);
   const element = h("div.group", {},
     h("h2", {}, `step ${group.step} · ${group.id}`),
-    h("p.meta", {}, [run, group.family ? `family ${group.family}` : "", `${group.right} of ${group.responses.length} right`].filter(Boolean).join(" · ")),
+    h("p.meta", {}, dotted([run, group.family ? `family ${group.family}` : "", `${group.right} of ${group.responses.length} right`])),
     h("h3", {}, "Question"), h("div.text", {}, group.question), h("p.meta", {}, "gold answer: ", h("code", {}, group.answer)),
     h("table.responses", {}, h("thead", {}, h("tr", {}, ["", "verdict", "reward", "advantage A", "tokens", "mean log p", "end"].map((title) => h("th", {}, title)))), h("tbody", {}, rows)),
     h("div.modes", {}, "colour by", buttons), explained, vocabulary.note ? h("p.warning", {}, vocabulary.note) : null, shown,

@@ -8,7 +8,7 @@ const BREATH = 400; // rows searched between two looks at the screen
  * name      what an item is called, as in #experience=...
  * noun      what it is called in a sentence
  * keys      the key of every row, for links
- * filters   [{label, values: one string per row, names: {value: how it is shown}}]
+ * filters   [{label, values: one string per row, names: {value: how it is shown}, if not as it is}]
  * steps     the step of every row
  * line      row -> the nodes of its entry in the list
  * texts     row -> promise of the texts to be searched
