@@ -204,7 +204,13 @@ def _clear(folder: Path) -> None:
 
 
 def _tensors(learner: Learner) -> dict[str, Any]:
-    states = {name: get_optimizer_state_dict(learner.policy, o) for name, o in _optimizers(learner).items()}
+    optimizers = _optimizers(learner)
+    fresh = [optimizer for optimizer in optimizers.values() if not optimizer.state]
+    states = {name: get_optimizer_state_dict(learner.policy, o) for name, o in optimizers.items()}
+    # DCP has given an optimizer without moments some, by a step on zeros. It must not count: the first true step would
+    # be scaled as a second one.
+    for moments in (moments for optimizer in fresh for moments in optimizer.state.values()):
+        moments["step"].zero_()
     return {"model": get_model_state_dict(learner.policy)} | states
 
 

@@ -65,6 +65,23 @@ def test_state_comes_back_and_only_the_newest_are_kept(model_folder: Path, tmp_p
     assert load_checkpoint(checkpoints(tmp_path)[-1], trained)["cursor"] == {"position": 4}
 
 
+def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(
+    model_folder: Path, tmp_path: Path, world: World
+) -> None:
+    """AdamW scales a first step otherwise than a second one, and writing the moments down makes some."""
+    samples, curves = random_samples(400), []
+    for saved, loaded in ((False, False), (True, False), (True, True)):
+        trained = learner(model_folder, world, nll_lr=2e-3)
+        if saved:
+            save_checkpoint(tmp_path, 1, trained, {}, 2, world)
+        if loaded:
+            trained = learner(model_folder, world, nll_lr=2e-3)
+            load_checkpoint(checkpoints(tmp_path)[-1], trained)
+        curves.append([trained.update([samples], LossConfig()) for _ in range(3)])
+    assert_same_curve(curves[1], curves[0], tolerance=0)
+    assert_same_curve(curves[2], curves[0], tolerance=0)
+
+
 def test_the_nlls_own_moments_are_part_of_a_checkpoint(model_folder: Path, tmp_path: Path, world: World) -> None:
     alone = {"nll_lr": 2e-3}
     model = str(model_folder)
