@@ -70,15 +70,15 @@ def overview(runs: Sequence[Run]) -> dict[str, Any]:
     """Curves, scores and settings."""
     groups = group_seeds(runs)
     tables = [table(run.summary.lines) for run in runs]
-    samples = {run.setting("eval.samples") for run in runs}
+    samples = {run.whole("eval.samples") for run in runs}
     k = samples.pop() if len(samples) == 1 else None
     return {
         "runs": [
             {
                 "name": run.name,
                 "steps_done": max((int(line["step"]) for line in run.summary.steps), default=0),
-                "steps": run.setting("run.steps"),
-                "seed": run.setting("run.seed"),
+                "steps": run.whole("run.steps"),
+                "seed": run.whole("run.seed"),
                 "settings": dotted(run.config),
                 "sets": run.summary.sets,
                 "table": columns,

@@ -116,11 +116,11 @@ def _hundredths(logprobs: Sequence[float]) -> list[int]:
 
 
 def _objective(run: Run) -> tuple[ObjectiveConfig | None, int, str]:
-    settings, limit = run.config.get("objective"), run.setting("rollout.max_new_tokens")
+    settings, limit = run.config.get("objective"), run.whole("rollout.max_new_tokens")
     if settings is None or limit is None:
         return None, 0, "No advantages are shown: config.yaml does not have the objective's settings."
     try:
-        return ObjectiveConfig.model_validate(settings), int(limit), ""
+        return ObjectiveConfig.model_validate(settings), limit, ""
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ class Run:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
+    def whole(self, key: str) -> int | None:
+        """The same where it is a whole number; None where it is anything else."""
+        return value if type(value := self.setting(key)) is int else None
+
 
 def open_run(path: Path) -> Run:
     """Reads settings and metrics of a run, finished or not.
@@ -48,7 +53,7 @@ def open_run(path: Path) -> Run:
     file = path / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or the 45th of a month
         raise InputError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected sections such as 'run:' and 'model:'")
@@ -62,7 +67,8 @@ def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= dotted(value, f"{prefix}{key}.")
         else:
-            flat[prefix + str(key)] = json.dumps(value, ensure_ascii=False, default=str)
+            number = not isinstance(value, float) or math.isfinite(value)  # JavaScript knows no other in JSON
+            flat[prefix + str(key)] = json.dumps(value if number else str(value), ensure_ascii=False, default=str)
     return flat
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mel_fast.dumps import read_jsonl
 from mel_fast.errors import InputError
@@ -34,7 +35,7 @@ def summarise(run: Path) -> Summary:
     """Reads a run's metrics; those of a run that goes on are read up to the last whole line.
 
     Raises:
-        InputError: the folder holds no metrics.
+        InputError: the folder holds no metrics, or a line of them is not one of a step or an evaluation.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -42,7 +43,9 @@ def summarise(run: Path) -> Summary:
     lines = read_jsonl(path)
     evaluations: dict[int, dict[str, tuple[float, float, float]]] = {}
     steps: list[dict[str, float]] = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
+        if told := _unusable(line):
+            raise InputError(f"{path}, line {number}: {told}; a run writes no such line: put back a whole file")
         heads = [key.removesuffix("/pass_at_1") for key in line if key.endswith("/pass_at_1")]
         names = [head.removeprefix("eval/") for head in heads]  # a name may have slashes of its own
         if names:
@@ -58,6 +61,17 @@ def summarise(run: Path) -> Summary:
             steps.append(line)
     sets = list(dict.fromkeys(name for scores in evaluations.values() for name in scores))
     return Summary(sets, evaluations, steps, lines)
+
+
+def _unusable(line: dict[str, Any]) -> str:
+    """What is wrong with a line of metrics; empty when nothing is."""
+    if type(line.get("step")) is not int:
+        return f"no step, but {line.get('step')!r:.40}"
+    for head in (key.removesuffix(SCORES[0]) for key in line if key.endswith(f"/{SCORES[0]}")):
+        for key in (head + score for score in SCORES):
+            if not head.startswith("eval/") or not isinstance(line.get(key), int | float):
+                return f"{key!r:.80} is no score, but {line.get(key)!r:.40}"
+    return ""
 
 
 def _share(value: float | None) -> str:
