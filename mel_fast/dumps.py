@@ -33,6 +33,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.
+
+    Raises:
+        InputError: a line is not JSON, or of no step.
+    """
+    lines = read_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        if type(line.get("step")) is not int:
+            raise InputError(
+                f"{path}, line {number}: no step, but {line.get('step')!r:.40}; a run writes no such line: put back a "
+                "whole file"
+            )
+    return lines
+
+
 def dump_episodes(path: Path, episodes: Sequence[Episode]) -> None:
     """One episode per line; `load_episodes` reads them back. The file appears whole or not at all.
 
@@ -47,22 +63,26 @@ def dump_episodes(path: Path, episodes: Sequence[Episode]) -> None:
         partial.rename(path)
 
 
-def load_episodes(path: Path) -> list[Episode]:
+def load_episodes(path: Path, vocabulary: int = 2**31) -> list[Episode]:
     """The episodes that `dump_episodes` wrote.
 
+    Args:
+        vocabulary: ids are below it.
+
     Raises:
-        InputError: the file is missing, or a line of it is not an episode: cut off, altered, or of something else.
+        InputError: the file is missing, or a line of it is not an episode: cut off, altered, or of something else, such
+            as another tokenizer's.
     """
     if not path.is_file():
         raise InputError(f"{path}: no rollouts were dumped for this step; lower run.steps or check run.rollouts")
     return [
-        _episode(line, f"{path}, line {number}")
+        _episode(line, f"{path}, line {number}", vocabulary)
         for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
         if line.strip()
     ]
 
 
-def _episode(line: bytes, where: str) -> Episode:
+def _episode(line: bytes, where: str, vocabulary: int) -> Episode:
     try:
         episode = _EPISODE.validate_json(line)
     except ValidationError as error:
@@ -71,12 +91,12 @@ def _episode(line: bytes, where: str) -> Episode:
         raise InputError(
             f"{where}: not an episode as dumped ({place + ': ' if place else ''}{first['msg']})"
         ) from error
-    if told := _inconsistency(episode):
+    if told := _inconsistency(episode, vocabulary):
         raise InputError(f"{where}: not an episode as dumped ({told})")
     return episode
 
 
-def _inconsistency(episode: Episode) -> str:
+def _inconsistency(episode: Episode, vocabulary: int) -> str:
     """Where parts of an episode do not fit together; empty when they do."""
     count = len(episode.trajectories)
     named = {f"trajectories.{i}": trajectory for i, trajectory in enumerate(episode.trajectories)}
@@ -91,8 +111,8 @@ def _inconsistency(episode: Episode) -> str:
             return f"{name}: {len(t.logprobs)} log-probs for {len(t.output_ids)} tokens"
         if not t.versions:
             return f"{name}: no version of the weights"
-        if not all(0 <= id < 2**31 for id in (*t.prompt_ids, *t.output_ids)):
-            return f"{name}: an id that no token has"
+        if odd := [id for id in (*t.prompt_ids, *t.output_ids) if not 0 <= id < vocabulary]:
+            return f"{name}: token id {odd[0]}, and there are {vocabulary}"
     return ""
 
 

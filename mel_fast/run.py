@@ -83,7 +83,8 @@ class Run:
         with self._phase("collect"):
             sampling, step = self.desk.sampling, self.steps_done
             if sampling is None:
-                return load_episodes(Path(self.config.run.rollouts or "") / _dump_name(step))
+                vocabulary = self.learner.policy.model.config.vocab_size
+                return load_episodes(Path(self.config.run.rollouts or "") / _dump_name(step), vocabulary)
             episodes = sampling.feed.take(step)
             if self.config.telemetry.dump_rollouts or self.config.run.mode == "rollout":
                 dump_episodes(self.desk.directory.file("rollouts", _dump_name(step)), episodes)

@@ -16,7 +16,7 @@ from mel_fast.config import Config, RunConfig
 from mel_fast.console import Display
 from mel_fast.data import Cursor, Source, load_prompts
 from mel_fast.distributed import World, join_world
-from mel_fast.dumps import read_jsonl
+from mel_fast.dumps import read_metrics
 from mel_fast.elastic import remember_run
 from mel_fast.errors import InputError
 from mel_fast.experience import Collector
@@ -97,7 +97,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
                 + (", which has no checkpoint yet: from the first step" if resume and not steps_done else "")
             )
             sampling = open_sampling(config, renderer, data, directory, world, stack) if data else None
-            known = read_jsonl(directory.path / "metrics.jsonl")
+            known = read_metrics(directory.path / "metrics.jsonl")
             spikes = Spikes(config.telemetry.spike_deviations, config.telemetry.spike_window, known)
             desk = Desk(directory, metrics, display, renderer, spikes, sampling)
         yield Run(config, world, path, tokenizer, learner, desk, steps_done, watchdog)
@@ -106,7 +106,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
 def may_start_anew(path: Path, config: RunConfig) -> None:
     """Raises CheckpointError when a run without a checkpoint must have had one: its steps are not thrown away."""
     file = path / "metrics.jsonl"
-    done = max((int(line["step"]) for line in read_jsonl(file)), default=0) if file.exists() else 0
+    done = max((line["step"] for line in read_metrics(file)), default=0) if file.exists() else 0
     if config.mode != "rollout" and 0 < config.checkpoint_every < done:
         raise CheckpointError(
             f"{path / 'checkpoints'}: there is no checkpoint, although {done} steps are done and one is written every "

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mel_fast.dumps import read_jsonl
+from mel_fast.dumps import read_metrics
 from mel_fast.errors import InputError
 from mel_fast.files import write_whole, writing
 
@@ -117,7 +117,9 @@ class Metrics:
         self, directory: RunDirectory, config: TelemetryConfig, settings: dict[str, Any], steps_done: int
     ) -> None:
         path = directory.file("metrics.jsonl")
-        kept = [line for line in read_jsonl(path) if line["step"] <= steps_done] if steps_done and path.exists() else []
+        kept = (
+            [line for line in read_metrics(path) if line["step"] <= steps_done] if steps_done and path.exists() else []
+        )
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path, self._file = path, path.open("a")
         self._tensorboard = self._wandb = None

@@ -100,3 +100,16 @@ def test_two_ranks_see_what_one_sees(lines: dict[int, list[dict[str, float]]]) -
     for one, two in zip(lines[1], lines[2], strict=True):
         names = [name for name in one if not name.startswith(("time/", "perf/", "balance/"))]
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-5)
+
+
+def test_another_tokenizers_rollouts_are_an_error(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = arguments(model_folder, tmp_path / "foreign")
+    foreign = episode([0, 1])
+    foreign.trajectories[1].output_ids[0] = 150_000
+    dump_episodes(tmp_path / "foreign" / "step_000001.jsonl", [foreign])
+    assert main(run) == 2
+    assert "step_000001.jsonl, line 1: not an episode as dumped (trajectories.1: token id 150000" in " ".join(
+        capsys.readouterr().err.split()
+    )

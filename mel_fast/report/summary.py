@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mel_fast.dumps import read_jsonl
+from mel_fast.dumps import read_metrics
 from mel_fast.errors import InputError
 
 SCORES = ("pass_at_1", "avg_at_k", "pass_at_k")
@@ -40,7 +40,7 @@ def summarise(run: Path) -> Summary:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{run}: not a run directory (it has no metrics.jsonl)")
-    lines = read_jsonl(path)
+    lines = read_metrics(path)
     evaluations: dict[int, dict[str, tuple[float, float, float]]] = {}
     steps: list[dict[str, float]] = []
     for number, line in enumerate(lines, start=1):
@@ -65,8 +65,6 @@ def summarise(run: Path) -> Summary:
 
 def _unusable(line: dict[str, Any]) -> str:
     """What is wrong with a line of metrics; empty when nothing is."""
-    if type(line.get("step")) is not int:
-        return f"no step, but {line.get('step')!r:.40}"
     for head in (key.removesuffix(SCORES[0]) for key in line if key.endswith(f"/{SCORES[0]}")):
         for key in (head + score for score in SCORES):
             if not head.startswith("eval/") or not isinstance(line.get(key), int | float):
