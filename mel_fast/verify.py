@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import gc
 import importlib
 import inspect
 import math
@@ -210,6 +211,7 @@ def _call_function(path: str, response: str, answer: str, prompt: Prompt) -> Out
 def _prepare(memory_mib: int, patient: bool) -> None:
     """First thing in a worker for Math-Verify."""
     importlib.import_module("mel_fast.warm")
+    gc.freeze()  # else the first full collection copies all the memory shared with the server, for longer than PATIENCE_S
     _limit_memory(memory_mib)
     if patient:
         os.nice(10)
