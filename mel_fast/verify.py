@@ -211,7 +211,7 @@ def _call_function(path: str, response: str, answer: str, prompt: Prompt) -> Out
 def _prepare(memory_mib: int, patient: bool) -> None:
     """First thing in a worker for Math-Verify."""
     importlib.import_module("mel_fast.warm")
-    gc.freeze()  # else the first full collection copies all the memory shared with the server, for longer than PATIENCE_S
+    gc.freeze()  # else the first full collection copies all memory shared with the server, for longer than PATIENCE_S
     _limit_memory(memory_mib)
     if patient:
         os.nice(10)

