@@ -125,14 +125,14 @@ class PhaseByPhase(Collector):
     async def collect(self, prompts: Sequence[Prompt], step: int) -> list[Episode]:
         async with AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(self.engine.session(prompt.id)) for prompt in prompts]
-            pairs = list(zip(sessions, prompts, strict=True))
-            groups = await asyncio.gather(*(self._roll_out(session, prompt, step) for session, prompt in pairs))
-            episodes = [Episode(step, prompt, group) for (_, prompt), group in zip(pairs, groups, strict=True)]
-            sides = list(zip(sessions, episodes, strict=True))
-            experiences = await asyncio.gather(*(self._reflect(session, episode) for session, episode in sides))
-            for episode, found in zip(episodes, experiences, strict=True):
+            seeds = self._seeds(prompts, step)
+            groups = await asyncio.gather(*map(self._roll_out, sessions, prompts, seeds))
+            episodes = [Episode(step, prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+            for episode, found in zip(
+                episodes, await asyncio.gather(*map(self._reflect, sessions, episodes, seeds)), strict=True
+            ):
                 episode.experiences = found
-            await asyncio.gather(*(self._replay(session, episode) for session, episode in sides))
+            await asyncio.gather(*map(self._replay, sessions, episodes, seeds))
             return episodes
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,14 +83,18 @@ class Collector:
 
     async def collect(self, prompts: Sequence[Prompt], step: int) -> list[Episode]:
         """One episode per prompt, in order."""
+        asked = zip(prompts, self._seeds(prompts, step), strict=True)
+        return await asyncio.gather(*(self._episode(prompt, step, seed) for prompt, seed in asked))
+
+    def _seeds(self, prompts: Sequence[Prompt], step: int) -> list[Seed]:
         before: Counter[tuple[str, str]] = Counter()
-        episodes: list[Coroutine[Any, Any, Episode]] = []
+        seeds: list[Seed] = []
         for prompt in prompts:
             key = prompt.source, prompt.id
             again = (before[key],) if before[key] else ()  # a group of its own, not a copy
-            episodes.append(self._episode(prompt, step, partial(seed_of, self.seed, step, *key, *again)))
+            seeds.append(partial(seed_of, self.seed, step, *key, *again))
             before[key] += 1
-        return await asyncio.gather(*episodes)
+        return seeds
 
     async def _episode(self, prompt: Prompt, step: int, seed: Seed) -> Episode:
         async with self.engine.session(prompt.id) as session:
