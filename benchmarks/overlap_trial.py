@@ -128,9 +128,8 @@ class PhaseByPhase(Collector):
             seeds = self._seeds(prompts, step)
             groups = await asyncio.gather(*map(self._roll_out, sessions, prompts, seeds))
             episodes = [Episode(step, prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-            for episode, found in zip(
-                episodes, await asyncio.gather(*map(self._reflect, sessions, episodes, seeds)), strict=True
-            ):
+            experiences = await asyncio.gather(*map(self._reflect, sessions, episodes, seeds))
+            for episode, found in zip(episodes, experiences, strict=True):
                 episode.experiences = found
             await asyncio.gather(*map(self._replay, sessions, episodes, seeds))
             return episodes
