@@ -95,6 +95,7 @@ def test_async_trains_on_tokens_one_update_old_at_most_also_when_torchrun_has_to
     assert all("policy/tis" in line and line["policy/rollout_gap"] < 0.1 for line in steps)
 
 
+@pytest.mark.soak
 def test_a_server_killed_in_mid_step_costs_nothing_but_time(whole: Path, tmp_path: Path) -> None:
     process = start(tmp_path, "--rollout.sglang.servers=2")
     directory = tmp_path / "latest"
