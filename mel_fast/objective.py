@@ -175,7 +175,9 @@ def group_advantages(rewards: Sequence[Sequence[float]], config: ObjectiveConfig
         ]
     if config.group_baseline:
         groups = [group - group.mean() for group in groups]
-    everything = np.concatenate(groups) if groups else np.zeros(0)
+    if not groups:
+        return []
+    everything = np.concatenate(groups)
     spread = everything.std()
     return [_exact_zero((group - everything.mean()) / (spread + 1e-6)) for group in groups]
 

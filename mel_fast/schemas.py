@@ -181,4 +181,5 @@ def _last_box(text: str) -> str | None:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    # An error is one line, whatever a column is called.
+    return ", ".join(sorted(name if name.isprintable() else repr(name) for name in names)) or "none"

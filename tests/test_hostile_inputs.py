@@ -66,6 +66,7 @@ GOOD = b'{"question": "1+1?", "answer": "2"}\n'
         (b'{"question": "\\ud800", "answer": "2"}', r"data\.jsonl:2: the question has half a surrogate pair"),
         (b'{"question": "q", "answer": "\\udc00"}', r"data\.jsonl:2: the answer has half a surrogate pair"),
         (b'{"question": "q", "answer": [["1"]]}', r"data\.jsonl:2: the answer is a list of lists"),
+        (b'{"a\\nb": 1}', r"data\.jsonl:2: .*'a\\nb'"),
         (b'{"question": "q", "answer": NaN}', r"data\.jsonl:2: the answer must be text or a number"),
     ],
 )
