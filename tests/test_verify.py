@@ -175,9 +175,9 @@ def test_degenerate_text_does_not_hold_up_the_event_loop() -> None:
         r"\boxed{1} or " * 20_000,
         r"\boxed{1.5} " + "the answer is " * 20_000,
     ):
-        start = time.perf_counter()
+        start = time.thread_time()  # not the clock's: the machine may be busy
         assert answers.same_integer(answers.stated(text, 2000)[0], "12") is None
-        assert time.perf_counter() - start < 0.5  # minutes, if it were not linear
+        assert time.thread_time() - start < 2  # minutes, if it were not linear
 
 
 def test_plain_integers_start_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
